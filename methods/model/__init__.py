@@ -1,0 +1,1 @@
+"""The model: its structure, loading, saving and running it block by block."""

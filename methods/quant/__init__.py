@@ -1,0 +1,1 @@
+"""Quantization: parts (transforms, fitters, rounders) and the runner that combines them."""

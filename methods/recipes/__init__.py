@@ -1,0 +1,1 @@
+"""Every named method: a torch-free declaration of parts, with its source."""

@@ -1,0 +1,1 @@
+"""What stands in for measuring: sensitivity scores, fitted loss and latency models, their intervals."""

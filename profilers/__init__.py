@@ -1,0 +1,1 @@
+"""Raw measurement on the target: kernels, timers, latency tables and whole-model runs."""

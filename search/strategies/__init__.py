@@ -1,0 +1,1 @@
+"""Allocators and search algorithms, one file each."""
