@@ -60,6 +60,11 @@ class Format:
         """How many values a weight can take within its group."""
         return int(2**self.bits)
 
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Lowest and highest code; symmetric 8 bits leave out -128, which int8 kernels that use |u| cannot hold."""
+        return int(self.symmetric and self.bits == 8), self.levels - 1
+
     def groups(self, d_in: int) -> int:
         """Number of groups of a row; raises ValueError where the group does not divide it."""
         size = self.group_size(d_in)

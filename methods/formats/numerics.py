@@ -57,7 +57,7 @@ def encode(weight: Tensor, fmt: Format, scale: Tensor, offset: Tensor | None = N
     shift = fmt.levels // 2 if fmt.symmetric else 0
     origin = 0.0 if offset is None else offset.float()[..., None]
     codes = torch.round((groups - origin) / scale.float()[..., None]) + shift
-    return codes.clamp_(0, fmt.levels - 1).to(torch.uint8).view(d_out, d_in)
+    return codes.clamp_(*fmt.code_range).to(torch.uint8).view(d_out, d_in)
 
 
 def quantize_activation(x: Tensor, fmt: Format) -> Tensor:

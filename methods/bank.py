@@ -1,0 +1,112 @@
+"""`Bank`: what every (site, decision) became, computed once and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from methods.atomic import write_bytes
+from methods.formats.format import parse_format
+from methods.formats.numerics import Compressed
+from methods.formats.packing import pack, unpack
+from methods.method import Edit
+from methods.policy import Decision
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_VERSION = "1"
+
+
+class Bank:
+    """Edits on disk, one safetensors file a (site, decision), codes packed; what `get` returns equals what was `put` bit for bit.
+
+    A bank belongs to one model and one calibration: give each its own folder. Writes are atomic, so that several processes may share it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def has(self, site: str, decision: Decision) -> bool:
+        """Whether there is a file for the pair; only `get` reads it."""
+        return self.path(site, decision).exists()
+
+    def get(self, site: str, decision: Decision) -> Edit:
+        """The edit; raises KeyError where there is none, and ValueError where the file is damaged or is another one's."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path(site, decision)
+        if not path.exists():
+            raise KeyError(f"the bank {self._folder} holds no {decision.label} of {site}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it and compute it again") from error
+        spec = metadata.get("edit", "")
+        if metadata.get("version") != _VERSION or metadata.get("sha256") != _digest(spec, tensors):
+            raise ValueError(
+                f"{path} is damaged or of another version: its checksum does not fit; delete it and compute it again"
+            )
+        described = json.loads(spec)
+        if (described["site"], described["decision"]) != (site, decision.label):
+            raise ValueError(f"{path} holds {described['decision']} of {described['site']}; delete it and compute it again")
+        linears = {name: _unpacked(name, layer, tensors) for name, layer in described["linears"].items()}
+        return Edit(linears, {name.removeprefix("tensor/"): t for name, t in tensors.items() if name.startswith("tensor/")})
+
+    def put(self, site: str, decision: Decision, edit: Edit) -> None:
+        """Stores an edit, in place of an earlier one."""
+        from safetensors.torch import save
+
+        tensors = {f"tensor/{name}": tensor.contiguous() for name, tensor in edit.tensors.items()}
+        linears = {}
+        for name, compressed in edit.linears.items():
+            linears[name] = {"format": compressed.format.name, "shape": list(compressed.dense.shape)}
+            for part, tensor in compressed.payload.items():
+                packed = pack(tensor, compressed.format.bits) if part == "codes" else tensor.contiguous()
+                tensors[f"linear/{name}/{part}"] = packed
+        spec = json.dumps({"site": site, "decision": decision.label, "linears": linears})
+        metadata = {"version": _VERSION, "edit": spec, "sha256": _digest(spec, tensors)}
+        write_bytes(self.path(site, decision), save(tensors, metadata))
+
+    def size_bytes(self) -> int:
+        """Bytes of all files of the bank."""
+        return sum(path.stat().st_size for path in self._folder.glob("*/*.safetensors"))
+
+    def clear(self) -> None:
+        """Deletes the bank's files, and nothing else that may lie in its folder."""
+        for path in self._folder.glob("*/*.safetensors"):
+            path.unlink()
+
+    def path(self, site: str, decision: Decision) -> Path:
+        """The file of a pair: readable names, each made unique by a part of its hash."""
+        return self._folder / _file_name(site) / f"{_file_name(decision.label)}.safetensors"
+
+
+def _file_name(text: str) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9.+=-]', '_', text)[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _digest(spec: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the description and of every tensor's name, dtype, shape and bytes."""
+    import torch
+
+    digest = hashlib.sha256(spec.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _unpacked(name: str, layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Compressed:
+    fmt = parse_format(str(layer["format"]))
+    prefix = f"linear/{name}/"
+    payload = {part.removeprefix(prefix): tensor for part, tensor in tensors.items() if part.startswith(prefix)}
+    if "codes" in payload:
+        payload["codes"] = unpack(payload["codes"], fmt.bits, layer["shape"])
+    return Compressed.of(fmt, payload)

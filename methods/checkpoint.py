@@ -1,0 +1,240 @@
+"""The project's own checkpoint of a compressed model: packed codes beside the tensors that were left alone.
+
+A folder holds `config.json` and the tokenizer's files, `model.safetensors` (tensors that no edit replaced), `payload.safetensors`
+(packed codes, scales, offsets and replaced parameters), `policy.yaml`, and last `isolatency.json`, which describes and hashes the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from methods import atomic, policy_file
+from methods.formats.format import Format, parse_format
+from methods.formats.numerics import DTYPES, Compressed
+from methods.formats.packing import pack, unpack
+from methods.method import Edit
+from methods.model.describe import describe
+from methods.model.experts import unfuse_experts
+from methods.model.load import MARKER, LoadedModel, digest_of
+from methods.model.quiet import quiet
+from methods.model.structure import Structure
+from methods.policy import Policy
+from methods.policy_file import PolicyFile
+from methods.policy_text import Plain, plain
+
+SCHEMA = "isolatency-checkpoint/1"
+_TENSORS, _PAYLOAD, _POLICY = "model.safetensors", "payload.safetensors", "policy.yaml"
+
+
+class CorruptCheckpoint(ValueError):
+    """A checkpoint folder that is not what was written: another schema, a missing or changed file."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint holds: tensors by full name (one of two that are tied) and the edits by site, as they were written.
+
+    marker: `isolatency.json`; its `meta` is the writer's. The policy is `policy_file.parse(policy_text, structure)`.
+    """
+
+    folder: Path
+    tensors: Mapping[str, Tensor]
+    edits: Mapping[str, Edit]
+    policy_text: str
+    marker: Mapping[str, Any]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that the model's weights were stored in, of `DTYPES`."""
+        return str(self.marker["dtype"])
+
+
+def structure_digest(structure: Structure) -> str:
+    """The SHA-256, in hex, of a structure's canonical JSON."""
+    text = json.dumps(dataclasses.asdict(structure), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_edits(policy: Policy, structure: Structure, edits: Mapping[str, Edit]) -> None:
+    """Raises ValueError unless the edits are exactly what the policy decides: at each site its format, in every layer."""
+    for name in {*policy.sites, *edits}:
+        site = structure.site(name)
+        named = [str(d.knob("format")) for d in policy.at(name) if d.knob("format") is not None]
+        linears = edits[name].linears if name in edits else {}
+        found = {layer: compressed.format.name for layer, compressed in linears.items()}
+        wanted = {layer.name: named[-1] for layer in site.layers} if named else {}
+        if found != wanted:
+            raise ValueError(
+                f"{name}: the policy decides {wanted or 'no format'}, but its edit holds {found or 'no compressed linear'}"
+            )
+
+
+def narrow(tensor: Tensor, dtype: str) -> Tensor:
+    """The tensor in a storage dtype where that loses nothing, as it is otherwise; integers and booleans stay too."""
+    if not tensor.is_floating_point():
+        return tensor.contiguous()
+    small = tensor.to(DTYPES[dtype])
+    return (small if torch.equal(small.to(tensor.dtype), tensor) else tensor).contiguous()
+
+
+def remaining_tensors(model: Any, structure: Structure, edits: Mapping[str, Edit]) -> dict[str, Tensor]:
+    """The model's tensors that no edit replaces, by full name, in the storage dtype where that is exact; a tied head only once.
+
+    The edits may be installed in the model or not.
+    """
+    replaced = {f"{layer}.weight" for edit in edits.values() for layer in edit.linears}
+    replaced |= {name for edit in edits.values() for name in edit.tensors}
+    if structure.tied:
+        replaced.add(f"{structure.head}.weight")
+    return {name: narrow(tensor, structure.dtype) for name, tensor in model.state_dict().items() if name not in replaced}
+
+
+def write(
+    folder: Path,
+    loaded: LoadedModel,
+    file: PolicyFile,
+    edits: Mapping[str, Edit],
+    meta: Mapping[str, Plain] | None = None,
+) -> None:
+    """Writes a checkpoint in one step: `folder` appears whole or not at all.
+
+    edits: by site, exactly what the policy decides (`check_edits`); they may be installed in the model or not.
+    Raises FileExistsError where `folder` holds something, ValueError for a policy or edits that do not fit the model.
+    """
+    from safetensors.torch import save_file
+
+    structure = loaded.structure
+    check_edits(file.policy, structure, edits)
+    marker: dict[str, Any] = {
+        "schema": SCHEMA,
+        "dtype": structure.dtype,
+        "policy": {"key": file.policy.key(), "expanded_digest": policy_file.expanded_digest(file.policy, structure)},
+        "structure": structure_digest(structure),
+        "sites": {name: _site_entry(edit) for name, edit in sorted(edits.items())},
+        "meta": plain(meta or {}, "meta"),
+    }
+    with atomic.new_folder(folder) as staging:
+        loaded.model.config.save_pretrained(staging)
+        loaded.tokenizer.save_pretrained(staging)
+        atomic.write_text(staging / _POLICY, policy_file.render(file, structure))
+        save_file(remaining_tensors(loaded.model, structure, edits), staging / _TENSORS, metadata={"format": "pt"})
+        save_file(dict(_payload(edits)), staging / _PAYLOAD, metadata={"format": "pt"})
+        marker["files"] = {path.name: atomic.sha256(path) for path in sorted(staging.iterdir())}
+        marker["digest"] = _marker_digest(marker)
+        atomic.write_text(staging / MARKER, json.dumps(marker, indent=1, sort_keys=True) + "\n")
+
+
+def _site_entry(edit: Edit) -> dict[str, Any]:
+    linears = {name: {"format": c.format.name, "shape": list(c.dense.shape)} for name, c in sorted(edit.linears.items())}
+    return {"linears": linears, "tensors": sorted(edit.tensors)}
+
+
+def _payload(edits: Mapping[str, Edit]) -> Iterator[tuple[str, Tensor]]:
+    for edit in edits.values():
+        for layer, compressed in edit.linears.items():
+            for part, tensor in compressed.payload.items():
+                packed = pack(tensor, compressed.format.bits) if part == "codes" else tensor.contiguous()
+                yield f"{layer}.{part}", packed
+        for name, tensor in edit.tensors.items():
+            yield name, tensor.contiguous()
+
+
+def _marker_digest(marker: Mapping[str, Any]) -> str:
+    body = {name: value for name, value in marker.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def read(folder: Path) -> Stored:
+    """The contents of a checkpoint, every file checked against its hash; raises CorruptCheckpoint in one line otherwise."""
+    from safetensors.torch import load_file
+
+    marker = _read_marker(folder)
+    payload = load_file(folder / _PAYLOAD)
+    edits = {name: _read_edit(entry, payload) for name, entry in marker["sites"].items()}
+    text = (folder / _POLICY).read_text(encoding="utf-8")
+    return Stored(folder, load_file(folder / _TENSORS), edits, text, marker)
+
+
+def _read_marker(folder: Path) -> dict[str, Any]:
+    path = folder / MARKER
+    if not path.is_file():
+        raise CorruptCheckpoint(f"{folder} is not a compressed checkpoint: it has no {MARKER}")
+    try:
+        marker: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CorruptCheckpoint(f"{path}: not JSON ({error}); write the checkpoint again") from None
+    schema = marker.get("schema") if isinstance(marker, dict) else None
+    if schema != SCHEMA:
+        raise CorruptCheckpoint(f"{path}: schema={schema!r}; this version reads {SCHEMA} only")
+    if marker.get("digest") != _marker_digest(marker):
+        raise CorruptCheckpoint(f"{path} was changed after it was written; write the checkpoint again")
+    for name, digest in marker["files"].items():
+        if not (folder / name).is_file():
+            raise CorruptCheckpoint(f"{folder / name} is missing; write the checkpoint again")
+        if atomic.sha256(folder / name) != digest:
+            raise CorruptCheckpoint(f"{folder / name} was changed after it was written; write the checkpoint again")
+    return marker
+
+
+def _read_edit(entry: Mapping[str, Any], payload: Mapping[str, Tensor]) -> Edit:
+    linears = {name: _read_linear(name, parse_format(e["format"]), e["shape"], payload) for name, e in entry["linears"].items()}
+    return Edit(linears, {name: payload[name] for name in entry["tensors"]})
+
+
+def _read_linear(name: str, fmt: Format, shape: list[int], payload: Mapping[str, Tensor]) -> Compressed:
+    parts = {part: payload[f"{name}.{part}"] for part in ("weight", "codes", "scale", "offset") if f"{name}.{part}" in payload}
+    if "codes" in parts:
+        parts["codes"] = unpack(parts["codes"], fmt.bits, shape)
+    return Compressed.of(fmt, parts)
+
+
+def load_dense(folder: Path) -> LoadedModel:
+    """The checkpoint as a model in fp32 and eval mode, with the decoded weights installed: the reference for its weights.
+
+    Activations are left alone; `methods.apply.Installer` with `read(folder).edits` adds their rounding. The digest is over fp32.
+    Raises CorruptCheckpoint as `read` does, and where the model's structure is not the one that was written.
+    """
+    stored = read(folder)
+    model, tokenizer = _build(folder)
+    structure = describe(model, stored.dtype)
+    if structure_digest(structure) != stored.marker["structure"]:
+        raise CorruptCheckpoint(f"{folder}: this version sees another structure in the model than the one that wrote it did")
+    model.load_state_dict(_dense_state(stored, structure), strict=True)
+    notes = (f"weights decoded from {len(stored.edits)} compressed sites",)
+    return LoadedModel(
+        model, tokenizer, structure, str(folder.resolve()), folder.resolve().name, digest_of(model, "fp32"), notes
+    )
+
+
+def _build(folder: Path) -> tuple[Any, Any]:
+    """The model of the folder's configuration with random weights, experts unfused, and the tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    with quiet(), torch.random.fork_rng(devices=[]):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    unfuse_experts(model)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _dense_state(stored: Stored, structure: Structure) -> dict[str, Tensor]:
+    """All tensors of the model by full name, as the evaluated model has them."""
+    transposed = {layer.name for _, layer in structure.layers() if layer.transposed}
+    state = dict(stored.tensors)
+    for edit in stored.edits.values():
+        state.update(edit.tensors)
+        for name, compressed in edit.linears.items():
+            state[f"{name}.weight"] = compressed.dense.T if name in transposed else compressed.dense
+    if structure.tied:
+        state[f"{structure.head}.weight"] = state[f"{structure.embedding}.weight"]
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}

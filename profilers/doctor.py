@@ -1,0 +1,93 @@
+"""What stands in the way of fast kernels and quiet timings on this machine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from profilers.kernels.build import NoCompiler, compiler, kernel_folder, library
+from profilers.sweep import load_average
+from profilers.target import local_cpu, physical_cores
+from profilers.timer import try_lock
+
+QUIET_LOAD = 0.5
+_ISA = {3: "AVX512-VNNI and BF16", 2: "AVX512-VNNI", 1: "AVX2", 0: "portable C++"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at; `ok` is False where it costs speed or trust in timings, and `detail` says what to do."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def doctor(cache: Path, threads: int | None = None) -> list[Finding]:
+    """Everything worth knowing before a measurement; cache: where tables and kernels are kept. Compiles the kernels."""
+    target = local_cpu(threads)
+    cores = physical_cores()
+    load = load_average()
+    return [
+        Finding("target", True, f"{target.description}; activations in {target.compute_dtype}"),
+        *_kernels(),
+        Finding("instructions", bool(target.capabilities), ", ".join(sorted(target.capabilities)) or "none that kernels use"),
+        Finding("threads", target.threads <= cores, f"{target.threads} of {cores} physical cores"),
+        Finding(
+            "load", load <= QUIET_LOAD * cores, f"{load:.1f} processes a minute; stop what else runs for trustworthy timings"
+        ),
+        *_governor(),
+        *_quota(target.threads),
+        Finding("memory", target.memory_bytes >= 4 << 30, f"{target.memory_bytes / 2**30:.0f} GiB"),
+        _writable("cache folder", cache),
+        _writable("kernel folder", kernel_folder()),
+        _lock(cache / "tables"),
+    ]
+
+
+def _kernels() -> Iterator[Finding]:
+    path = compiler()
+    yield Finding("compiler", path is not None, path or "none; install g++ or clang++, or set CXX")
+    if path is not None:
+        try:
+            yield Finding("kernels", True, f"compiled for {_ISA[int(library().isolatency_isa())]}")
+        except NoCompiler as error:
+            yield Finding("kernels", False, str(error))
+
+
+def _governor() -> Iterator[Finding]:
+    try:
+        name = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip()
+    except OSError:
+        return  # virtual machines do not show it
+    yield Finding("frequency governor", name == "performance", f"{name}; `performance` gives steadier timings")
+
+
+def _quota(threads: int) -> Iterator[Finding]:
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return
+    if quota != "max":
+        cpus = int(quota) / int(period)
+        yield Finding("container quota", cpus >= threads, f"{cpus:g} CPUs for {threads} threads")
+
+
+def _writable(name: str, folder: Path) -> Finding:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Finding(name, True, str(folder))
+    except OSError as error:
+        return Finding(name, False, f"{folder} cannot be written ({error.strerror}); choose another with --cache")
+
+
+def _lock(folder: Path) -> Finding:
+    path = folder / "timing.lock"
+    if not path.exists():
+        return Finding("timing lock", True, "free")
+    with path.open("a+") as file:
+        free = try_lock(file.fileno())
+    return Finding("timing lock", free, "free" if free else f"another run is timing (holds {path}); timings wait for it")

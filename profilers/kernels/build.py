@@ -1,0 +1,99 @@
+"""Compiles the C++ kernels at first use and keeps the library by the hash of its source and flags."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Isa = Literal["native", "avx2", "portable"]
+
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("grouped.cpp", "attention.cpp", "norm.cpp", "vectors.h"))
+_MACHINE: dict[Isa, tuple[str, ...]] = {
+    "native": ("-O3", "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"),
+    "avx2": ("-O1", "-march=x86-64-v3"),
+    "portable": ("-O1", "-DISOLATENCY_PORTABLE"),
+}
+"""Only `native` is for speed; the others prove that the same source is right on other machines, and compile in seconds."""
+
+
+class NoCompiler(RuntimeError):
+    """The kernels cannot be compiled here; the message says why."""
+
+
+def kernel_folder() -> Path:
+    """`$ISOLATENCY_CACHE/kernels`, by default in the user's cache folder."""
+    root = os.environ.get("ISOLATENCY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isolatency"
+    return Path(root) / "kernels"
+
+
+def compiler() -> str | None:
+    """Path of a C++ compiler: `$CXX`, g++, clang++ or c++, whichever comes first."""
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None
+
+
+@functools.cache
+def library(isa: Isa = "native") -> ctypes.CDLL:
+    """The compiled kernels; raises NoCompiler.
+
+    OpenMP symbols are left to torch's own copy first: two thread pools would spin against each other. Then with the compiler's own
+    OpenMP, then without.
+    """
+    cxx = compiler()
+    if cxx is None:
+        raise NoCompiler("no C++ compiler found; install g++ or clang++, or set CXX")
+    problem = ""
+    for compile_flags, link_flags in ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), ((), ())):
+        try:
+            return ctypes.CDLL(str(_built(cxx, (*_MACHINE[isa], *compile_flags), link_flags)))
+        except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            problem = str(getattr(error, "stderr", None) or error).strip()
+    raise NoCompiler(f"{cxx} could not build the kernels: {problem.splitlines()[0] if problem else 'no message'}")
+
+
+def _built(cxx: str, compile_flags: tuple[str, ...], link_flags: tuple[str, ...]) -> Path:
+    flags = ("-std=c++17", "-fPIC", "-Wno-psabi", *compile_flags)
+    stamp = (
+        b"".join(source.read_bytes() for source in SOURCES)
+        + repr((cxx, flags, link_flags, platform.processor(), _cpu(), torch.__version__)).encode()
+    )
+    suffix = sysconfig.get_config_var("SHLIB_SUFFIX") or ".so"
+    path = kernel_folder() / f"{hashlib.sha256(stamp).hexdigest()[:16]}{suffix}"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder)
+        objects = [str(made / f"{source.stem}.o") for source in SOURCES if source.suffix == ".cpp"]
+        for source, compiled in zip(SOURCES, objects, strict=False):
+            _call(cxx, *flags, "-c", str(source), "-o", compiled)
+        undefined = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
+        _call(cxx, "-shared", *undefined, *objects, "-o", str(made / "kernels.so"), *link_flags)
+        (made / "kernels.so").replace(path)
+    return path
+
+
+def _call(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+
+
+def _cpu() -> str:
+    """`-march=native` code of another CPU may not run here, and home folders travel."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.machine()
+    return "".join(line for line in lines if line.startswith(("model name", "flags", "Features")))

@@ -1,0 +1,75 @@
+"""The contract of a linear kernel."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol, Self
+
+from torch import Tensor
+
+from methods.formats.format import Format
+from profilers.target import Target
+
+Payload = Mapping[str, Tensor]
+
+
+class Prepared(Protocol):
+    """A weight in a kernel's own layout, ready to multiply."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., k) in the target's compute dtype -> (..., n) of the same dtype, the format's rounding of x included."""
+        ...
+
+    def dequant(self) -> Tensor:
+        """(n, k) fp32: what the packed weight stands for, read back from the packed form."""
+        ...
+
+    def size_bytes(self) -> int:
+        """Bytes of weight memory that a call reads."""
+        ...
+
+    def clone(self) -> Self:
+        """The same weight in other memory, for timing with a cold cache."""
+        ...
+
+
+class LinearKernel(Protocol):
+    """One way to compute `y = x @ W^T + bias` for some formats on some machines."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def source_hash(self) -> str:
+        """Changes with the kernel's code: a timing of other code is not a timing of this."""
+        ...
+
+    def supports(self, fmt: Format, n: int, k: int, m: int, target: Target) -> str | None:
+        """Why the kernel cannot run this, or None."""
+        ...
+
+    def prepare(
+        self,
+        fmt: Format,
+        payload: Payload,
+        target: Target,
+        bias: Tensor | None = None,
+        *,
+        m: int = 1,
+        like: Prepared | None = None,
+    ) -> Prepared:
+        """Packs a payload (`methods.formats.numerics.Compressed`), for about `m` rows.
+
+        like: the same weight prepared by another kernel, whose memory is shared where the layouts agree.
+        """
+        ...
+
+
+def hash_of(*files: str) -> str:
+    """16 hex digits of the SHA-256 of source files."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()[:16]

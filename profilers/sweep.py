@@ -1,0 +1,193 @@
+"""Measures the cells of a latency table that are missing."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from methods.formats.format import Format, parse_format
+from methods.formats.numerics import DTYPES
+from profilers.kernels import gate
+from profilers.kernels.catalogue import KERNELS
+from profilers.kernels.kernel import LinearKernel, Payload, Prepared
+from profilers.table import KernelKey, LatencyTable, Row
+from profilers.target import Target
+from profilers.timer import Clock, Samples, exclusive, interleave
+
+COLD_ROWS = 64
+"""Up to so many rows a weight is read from memory at every step of a model; above, arithmetic hides where it comes from."""
+
+_MOST_COPIES = 512
+_CELL_S = 0.25
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    kernel: LinearKernel
+    key: KernelKey
+    prepared: Prepared
+
+
+def measure(
+    target: Target,
+    keys: Iterable[KernelKey],
+    table: LatencyTable,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    notify: Callable[[str], None] | None = None,
+    lock_folder: Path | None = None,
+    budget_s: float = math.inf,
+    clock: Clock | None = None,
+) -> list[KernelKey]:
+    """Times what the table misses; returns the keys that `budget_s` left unmeasured.
+
+    Formats of one shape take turns on cold weights and are written as soon as the shape is done. progress: (cells done, of);
+    notify: told when another run holds the timing lock, which lies in `lock_folder` (the table's own by default).
+    """
+    if not target.present:
+        raise ValueError(f"target {target.name} is not here; its table can be read but not extended")
+    todo = table.missing(keys)
+    shapes = [list(group) for _, group in itertools.groupby(sorted(todo, key=_shape), key=_shape)]
+    if not shapes:
+        return []
+    folder = lock_folder or (table.path.parent if table.path else Path())
+    start = time.monotonic()
+    done = 0
+    with exclusive(folder, notify), torch_threads(target.threads), torch.inference_mode():
+        for shape_keys in shapes:
+            if time.monotonic() - start > budget_s:
+                break
+            table.add(_measure_shape(target, shape_keys, table, clock))
+            done += len(shape_keys)
+            if progress:
+                progress(done, len(todo))
+    return table.missing(todo)
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """torch's intra-operation threads inside, as they were afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def random_payload(fmt: Format, n: int, k: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random codes with scales of the size that real weights have."""
+    if fmt.dense:
+        return {"weight": (torch.randn(n, k, generator=generator) / math.sqrt(k)).to(DTYPES[fmt.dense])}
+    codes = torch.randint(fmt.code_range[0], fmt.levels, (n, k), generator=generator, dtype=torch.uint8)
+    spread = 2 / (fmt.levels * math.sqrt(k))
+    scale = ((0.5 + torch.rand(n, fmt.groups(k), generator=generator)) * spread).bfloat16()
+    if fmt.symmetric:
+        return {"codes": codes, "scale": scale}
+    shift = 0.4 + 0.2 * torch.rand(n, fmt.groups(k), generator=generator)
+    return {"codes": codes, "scale": scale, "offset": (-fmt.levels * shift * scale.float()).bfloat16()}
+
+
+def _shape(key: KernelKey) -> tuple[int, int, int]:
+    return key.m, key.n, key.k
+
+
+def _measure_shape(target: Target, keys: Sequence[KernelKey], table: LatencyTable, clock: Clock | None) -> list[Row]:
+    m, n, k = _shape(keys[0])
+    generator = torch.Generator().manual_seed(m * 31 + n * 7 + k)
+    x = torch.randn(m, k, generator=generator).to(target.dtype)
+    rows: list[Row] = []
+    ready: list[_Candidate] = []
+    for key in keys:
+        fmt = parse_format(key.format)
+        able = []
+        for kernel in KERNELS:
+            if not table.lacks(kernel.name, kernel.source_hash, key):
+                continue
+            reason = kernel.supports(fmt, n, k, m, target)
+            if reason is None:
+                able.append(kernel)
+            else:
+                rows.append(Row(kernel.name, key, "unsupported", kernel.source_hash, reason, load=load_average()))
+        if able:
+            good, bad = _gated(target, key, random_payload(fmt, n, k, generator), x, able)
+            ready += good
+            rows += bad
+    return rows + _timed(target, x, ready, clock)
+
+
+def _gated(
+    target: Target, key: KernelKey, payload: Payload, x: Tensor, kernels: Sequence[LinearKernel]
+) -> tuple[list[_Candidate], list[Row]]:
+    ready, failed = [], []
+    fmt = parse_format(key.format)
+    like = None
+    for kernel in kernels:
+        try:
+            like = kernel.prepare(fmt, payload, target, m=key.m, like=like)
+            problem = gate.check(like, fmt, payload, x)
+        except RuntimeError as error:  # torch's operators say so where a build lacks them
+            problem = str(error).splitlines()[0]
+        if problem is None and like is not None:
+            ready.append(_Candidate(kernel, key, like))
+        else:
+            failed.append(Row(kernel.name, key, "failed", kernel.source_hash, problem or "", load=load_average()))
+    return ready, failed
+
+
+def _timed(target: Target, x: Tensor, ready: Sequence[_Candidate], clock: Clock | None) -> list[Row]:
+    if not ready:
+        return []
+    cold = x.shape[0] <= COLD_ROWS
+    copies = _copies(target, sum(c.prepared.size_bytes() for c in ready)) if cold else 2
+    calls = {
+        index: [partial(candidate.prepared, x), *(partial(candidate.prepared.clone(), x) for _ in range(copies - 1))]
+        for index, candidate in enumerate(ready)
+    }
+    samples = interleave(
+        {str(index): value for index, value in calls.items()},
+        rounds=max(6, min(40, 400 // copies)),
+        min_rounds=4,
+        budget_s=_CELL_S * len(ready),
+        clock=clock,
+    )
+    return [_measured(c, samples[str(index)], cold) for index, c in enumerate(ready)]
+
+
+def _copies(target: Target, total_bytes: int) -> int:
+    """Copies of each weight, so that between two uses of one more bytes pass than any cache holds.
+
+    All candidates take turns, so their bytes count together: four last-level caches, at least 64 MiB, at most 200 MiB or an
+    eighth of the memory.
+    """
+    rotation = min(200 << 20, max(4 * target.cache_bytes, 64 << 20), target.memory_bytes // 8)
+    return max(4, min(_MOST_COPIES, math.ceil(rotation / max(1, total_bytes))))
+
+
+def _measured(candidate: _Candidate, samples: Samples, cold: bool) -> Row:
+    return Row(
+        kernel=candidate.kernel.name,
+        key=candidate.key,
+        status="ok",
+        source=candidate.kernel.source_hash,
+        timing=samples.timing(),
+        size_bytes=candidate.prepared.size_bytes(),
+        cpu_ms=1e3 * sum(sample.cpu for sample in samples.all) / len(samples.all),
+        load=load_average(),
+        cold=cold,
+    )
+
+
+def load_average() -> float:
+    """Processes that ran or wanted to, averaged over the last minute; 0 where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0

@@ -1,0 +1,251 @@
+"""Timing on a CPU that others use too: samples that were interrupted are rejected, candidates take turns."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+if os.name != "nt":  # Windows has no such module; then no sample is known to be interrupted
+    import resource
+
+Call = Callable[[], object]
+
+LOST_SHARE = 0.02
+"""A sample during which the thread was descheduled and lost more than this share of its time does not count."""
+
+CONTENDED_SHARE = 0.5
+"""Above this share of interrupted samples the machine was not free."""
+
+
+class Clock(Protocol):
+    """What a timer reads; tests inject their own."""
+
+    def wall(self) -> float:
+        """Seconds of wall time."""
+        ...
+
+    def cpu(self) -> float:
+        """Seconds of CPU time of this thread."""
+        ...
+
+    def switches(self) -> int:
+        """Times this thread was descheduled against its will."""
+        ...
+
+
+class SystemClock:
+    """The system's clocks. On Linux the switches are this thread's, elsewhere the process'."""
+
+    def __init__(self) -> None:
+        self.wall = time.perf_counter
+        self.cpu = time.thread_time
+
+    def switches(self) -> int:
+        """0 where the system does not count them."""
+        if os.name == "nt":
+            return 0
+        return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_nivcsw
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A latency: median with p10 to p90, and the 95 % confidence interval of the median by order statistics (`lo_ms`, `hi_ms`).
+
+    repeats: samples that count; rejected: share of samples that were interrupted; contended: more than half were, and the statistics
+    are of the calling thread's CPU time over all samples, an estimate of what a free machine takes; aa: ratio of the medians of even
+    and odd rounds, larger over smaller (1.0 is a quiet machine); label: `measured`, `interpolated`, `transferred` or `modelled`.
+    """
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    repeats: int
+    label: str = "measured"
+    lo_ms: float = math.nan
+    hi_ms: float = math.nan
+    rejected: float = 0.0
+    aa: float = 1.0
+    contended: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One timed call, in seconds. interrupted: it lost the CPU to somebody for more than `LOST_SHARE` of its time."""
+
+    turn: int
+    wall: float
+    cpu: float
+    interrupted: bool
+
+
+@dataclass
+class Samples:
+    """What was timed of one candidate."""
+
+    all: list[Sample] = field(default_factory=list)
+
+    @property
+    def rejected(self) -> float:
+        """Share of the samples that were interrupted."""
+        return sum(sample.interrupted for sample in self.all) / len(self.all)
+
+    @property
+    def contended(self) -> bool:
+        """Whether most samples were interrupted."""
+        return self.rejected > CONTENDED_SHARE
+
+    def seconds(self) -> list[tuple[int, float]]:
+        """(round, seconds) of the samples that count: wall time of the uninterrupted ones, CPU time of all if most were interrupted."""
+        if self.contended:
+            return [(sample.turn, sample.cpu) for sample in self.all]
+        return [(sample.turn, sample.wall) for sample in self.all if not sample.interrupted]
+
+    def timing(self, label: str = "measured") -> Timing:
+        """Statistics of the samples that count."""
+        if not self.all:
+            raise ValueError("timing: no samples were taken")
+        values = sorted(second for _, second in self.seconds())
+        low, high = median_interval(values)
+        return Timing(
+            median_ms=1e3 * quantile(values, 0.5),
+            p10_ms=1e3 * quantile(values, 0.1),
+            p90_ms=1e3 * quantile(values, 0.9),
+            repeats=len(values),
+            label=label,
+            lo_ms=1e3 * low,
+            hi_ms=1e3 * high,
+            rejected=self.rejected,
+            aa=self.halves_ratio(),
+            contended=self.contended,
+        )
+
+    def halves_ratio(self) -> float:
+        """Medians of even rounds against odd rounds, larger over smaller: what two measurements of one thing differ by."""
+        halves = [sorted(second for turn, second in self.seconds() if turn % 2 == parity) for parity in (0, 1)]
+        if not all(halves):
+            return 1.0
+        a, b = (quantile(half, 0.5) for half in halves)
+        return max(a, b) / min(a, b)
+
+
+def take(call: Call, turn: int, clock: Clock) -> Sample:
+    """Times one call."""
+    cpu, switches = clock.cpu(), clock.switches()
+    begin = clock.wall()
+    call()
+    end = clock.wall()
+    switched = clock.switches() != switches
+    used = clock.cpu() - cpu
+    wall = end - begin
+    return Sample(turn, wall, min(used, wall), switched and wall - used > LOST_SHARE * wall)
+
+
+def quantile(ordered: Sequence[float], q: float) -> float:
+    """Linear interpolation between the order statistics of an ascending sequence."""
+    at = q * (len(ordered) - 1)
+    low = math.floor(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+
+def median_interval(ordered: Sequence[float]) -> tuple[float, float]:
+    """95 % confidence interval of the median of an ascending sequence: order statistics, normal approximation of their ranks."""
+    n = len(ordered)
+    half = 0.98 * math.sqrt(n)
+    low, high = math.floor(n / 2 - half), math.ceil(n / 2 + half)
+    return ordered[max(0, low)], ordered[min(n - 1, high)]
+
+
+def interleave(
+    candidates: Mapping[str, Sequence[Call]],
+    *,
+    rounds: int = 12,
+    min_rounds: int = 4,
+    budget_s: float = math.inf,
+    burst_s: float = 0.05,
+    clock: Clock | None = None,
+) -> dict[str, Samples]:
+    """Times candidates in turns, so that drift and neighbours meet all of them alike.
+
+    candidates: name -> calls that do the same work on different copies of the data; a turn runs each copy once, or as many as fit
+    `burst_s` (the next turn goes on from there). One call of each is made before and not counted. Stops after `rounds` turns, or
+    after `min_rounds` once `budget_s` is used up.
+    """
+    clock = clock or SystemClock()
+    samples = {name: Samples() for name in candidates}
+    position = dict.fromkeys(candidates, 0)
+    for calls in candidates.values():
+        calls[0]()
+    start = clock.wall()
+    for turn in range(rounds):
+        if turn >= min_rounds and clock.wall() - start > budget_s:
+            break
+        for name, calls in candidates.items():
+            position[name] = _burst(calls, position[name], samples[name], turn, burst_s, clock)
+    return samples
+
+
+def _burst(calls: Sequence[Call], position: int, samples: Samples, turn: int, burst_s: float, clock: Clock) -> int:
+    spent = 0.0
+    for _ in range(len(calls)):
+        sample = take(calls[position], turn, clock)
+        samples.all.append(sample)
+        position = (position + 1) % len(calls)
+        spent += sample.wall
+        if spent > burst_s:
+            break
+    return position
+
+
+@contextmanager
+def exclusive(folder: Path, waiting: Callable[[str], None] | None = None, poll_s: float = 0.5) -> Iterator[None]:
+    """Holds the machine's timing lock, `folder/timing.lock`; whoever else times waits, and `waiting` is told so once.
+
+    Not reentrant. The system frees the lock of a process that ends in any way.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "timing.lock"
+    with path.open("a+") as file:
+        if not try_lock(file.fileno()):
+            if waiting:
+                waiting(f"another run is timing on this machine (lock {path}); waiting for it")
+            while not try_lock(file.fileno()):
+                time.sleep(poll_s)
+        try:
+            yield
+        finally:
+            _unlock(file.fileno())
+
+
+def try_lock(descriptor: int) -> bool:
+    """Takes the exclusive lock of an open file, or says that another process has it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _unlock(descriptor: int) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_UN)

@@ -1,0 +1,307 @@
+"""The command line: `search run`, `show`, `methods`, `targets`, `doctor`, `generate`, `materialize`, `export`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from search.config import ConfigError, RunConfig, add_flags, default_cache, from_arguments
+
+if TYPE_CHECKING:
+    from search.results import Answer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point: 0 for success, 1 for an objective that is not met, 2 for bad input, 130 for an interruption."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    if not hasattr(parsed, "command"):
+        parser.print_help()
+        return 2
+    _quiet_libraries()
+    try:
+        return int(parsed.command(parsed))
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; everything finished so far is kept, the same command goes on from there\n")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, KeyError, OSError, ImportError, MemoryError) as error:
+        if parsed.debug:
+            raise
+        sys.stderr.write(f"search: {_one_line(error)}\n")
+        return 2
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory; use fewer --calibration-tokens or a shorter --sequence"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'file'}: {error.strerror}"
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _quiet_libraries() -> None:
+    """Libraries' own chatter does not belong between our lines; our warnings do."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore")
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
+    for name in ("transformers", "optuna", "lm_eval", "compressed_tensors", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show tracebacks")
+    common.add_argument("--json", action="store_true", help="results as JSON on stdout")
+    parser = argparse.ArgumentParser(
+        prog="search",
+        description="Search how to compress a language model so that it really meets a latency objective on a machine.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, parents=[common])
+        sub.set_defaults(command=run)
+        return sub
+
+    run = command("run", _run, "search, validate and export a policy for a latency objective")
+    add_flags(run)
+    run.add_argument("--dry-run", action="store_true", help="show the space and the expected cost, measure and compute nothing")
+    run.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    show = command("show", _show, "the measured policies of a study")
+    show.add_argument("study", help="the study's folder")
+    command("methods", _methods, "the compression methods there are")
+    command("targets", _targets, "the machines that can be searched for")
+    doctor = command("doctor", _doctor, "what this machine can measure, and what spoils it")
+    doctor.add_argument("--cache", default="", help="cache folder to check")
+    generate = command("generate", _generate, "write text with a compressed checkpoint, on the real kernels")
+    generate.add_argument("checkpoint", help="folder of a checkpoint, or of a study (its latest answer)")
+    generate.add_argument("--prompt", default="The capital of France is", help="text to continue")
+    generate.add_argument("--tokens", type=int, default=48, help="tokens to write")
+    generate.add_argument("--threads", type=int, default=0, help="threads; 0: half of the machine's cores")
+    materialize = command("materialize", _materialize, "turn a policy file into a compressed checkpoint")
+    materialize.add_argument("policy", help="policy file (YAML)")
+    materialize.add_argument("--out", required=True, help="folder to write")
+    materialize.add_argument("--study", default="", help="study whose compressed tensors are used where they fit")
+    _model_flags(materialize)
+    export = command("export", _export, "export an answer for an engine, load it back and compare")
+    export.add_argument("study", help="the study's folder")
+    export.add_argument("--format", required=True, help="compressed-tensors or dense")
+    export.add_argument("--objective", default="", help="which answer, for example 0.6x; default: the latest")
+    export.add_argument("--out", default="", help="folder to write; default: in the study")
+    return parser
+
+
+def _model_flags(parser: argparse.ArgumentParser) -> None:
+    """The run's flags that say which model and which text."""
+    scratch = argparse.ArgumentParser(add_help=False)
+    add_flags(scratch)
+    wanted = {"model", "data", "sequence", "calibration_tokens", "seed", "cache"}
+    for action in scratch._actions:
+        if action.dest in wanted:
+            parser._add_action(action)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from search.progress import Progress
+    from search.run import run_study
+
+    config = from_arguments(arguments)
+    progress = Progress(quiet=arguments.quiet)
+    if arguments.dry_run:
+        from search.dry_run import dry_run
+
+        _print(dry_run(config, progress), arguments.json)
+        return 0
+    answer = run_study(config, progress)
+    _print_answer(config.folder, answer, arguments.json)
+    return 0 if answer.verdict == "met" else 1
+
+
+def _print(value: dict[str, Any] | list[Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(_plain(value), indent=1))
+    elif isinstance(value, dict):
+        for name, text in value.items():
+            print(f"{name}: {text}")
+    else:
+        for row in value:
+            print(row)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no nan."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _print_answer(folder: Path, answer: Answer, as_json: bool) -> None:
+    from search.prepared import Prepared
+    from search.report.content import answer as words
+    from search.results import json_rows, measured_entries, report_data, saved_config, text_table
+
+    entries = measured_entries(folder, answer)
+    prepared = Prepared.from_json(json.loads((folder / "steps" / "prepared.json").read_text())["value"])
+    data = report_data(folder, answer, prepared, saved_config(folder))
+    if as_json:
+        print(json.dumps(_plain({"answer": answer.to_json(), "measured": json_rows(entries), "folder": str(folder)}), indent=1))
+        return
+    print(text_table(entries))
+    print()
+    for sentence in words(data):
+        print(sentence)
+    for note in data.notes:
+        print(f"note: {note}")
+    print(f"report: {folder / 'report.html'}")
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    _print_answer(Path(arguments.study), _answer(Path(arguments.study), ""), arguments.json)
+    return 0
+
+
+def _answer(folder: Path, objective: str) -> Answer:
+    from search.results import answers
+
+    if not (folder / "config.toml").exists():
+        raise ConfigError(f"{folder}: no study there (no config.toml); `search run` makes one")
+    found = answers(folder)
+    if not found:
+        raise ConfigError(f"{folder}: no answer yet; repeat `search run` to finish it")
+    if objective and objective not in found:
+        raise ConfigError(f"{folder}: no answer for {objective!r}; there are {', '.join(found)}")
+    return found[objective or list(found)[-1]]
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from methods.catalogue import METHODS
+
+    rows = [
+        {
+            "name": method.name,
+            "stage": method.stage.value,
+            "needs": sorted(need.value for need in method.needs),
+            "parts": [part for part in (method.transform, method.fitter, method.rounder) if part],
+            "knobs": {name: f"{spec.default} ({spec.text})" for name, spec in method.knobs.items()},
+            "simulated": method.simulated,
+            "source": f"{method.source.title} ({method.source.year}), {method.source.ref}",
+        }
+        for method in METHODS.values()
+    ]
+    if arguments.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    for method, row in zip(METHODS.values(), rows, strict=True):
+        needs = ", ".join(need.value for need in sorted(method.needs, key=lambda need: need.value)) or "nothing"
+        print(
+            f"{method.name:<13} {method.stage.value}: {' + '.join(filter(None, (method.transform, method.fitter, method.rounder))) or 'leaves the site as it is'}; needs {needs}"
+        )
+        for name, spec in method.knobs.items():
+            print(f"{'':<13} {name} = {spec.default}: {spec.text}")
+        print(f"{'':<13} {row['source']}")
+    return 0
+
+
+def _targets(arguments: argparse.Namespace) -> int:
+    from profilers.target import targets
+
+    rows = [
+        {
+            "name": target.name,
+            "state": "here" if target.present else "stored table" if target.table else "not here",
+            "description": target.description,
+        }
+        for target in targets()
+    ]
+    if arguments.json:
+        print(json.dumps(_plain(rows), indent=1))
+        return 0
+    for row in rows:
+        print(f"{row['name']:<12} {row['state']:<14} {row['description']}")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from profilers.doctor import doctor
+
+    findings = doctor(Path(arguments.cache) if arguments.cache else default_cache())
+    if arguments.json:
+        print(json.dumps([vars(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            print(f"{'ok  ' if finding.ok else 'look'}  {finding.name:<18} {finding.detail}")
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from search.generate import generate
+
+    if arguments.tokens < 1:
+        raise ConfigError(f"--tokens {arguments.tokens}: must be at least 1")
+    result = generate(_checkpoint(Path(arguments.checkpoint)), arguments.prompt, arguments.tokens, arguments.threads or None)
+    if arguments.json:
+        print(json.dumps(_plain(vars(result)), indent=1))
+    else:
+        print(arguments.prompt + result.text)
+        sys.stderr.write(f"{result.n_tokens} tokens, {result.ms_per_token:.1f} ms each ({result.kernels})\n")
+    return 0
+
+
+def _checkpoint(folder: Path) -> Path:
+    """The checkpoint itself, or that of a study's latest answer."""
+    if not (folder / "config.toml").exists():
+        return folder
+    from search.run import checkpoint_folder
+
+    answer = _answer(folder, "")
+    if answer.best is None or not answer.best.policy.sites:
+        raise ConfigError(f"{folder}: its latest answer is the dense model, which has no checkpoint")
+    return checkpoint_folder(folder, answer)
+
+
+def _materialize(arguments: argparse.Namespace) -> int:
+    from search.generate import materialize
+    from search.progress import Progress
+
+    names = {item for item in vars(arguments) if item in RunConfig.__dataclass_fields__ and item != "study"}
+    config = RunConfig(**{name: getattr(arguments, name) for name in names})
+    study = Path(arguments.study) if arguments.study else None
+    materialize(Path(arguments.policy), Path(arguments.out), config, study, Progress())
+    print(arguments.out)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from search.generate import export_study
+    from search.progress import Progress
+
+    folder = Path(arguments.study)
+    answer = _answer(folder, arguments.objective)
+    out = Path(arguments.out) if arguments.out else None
+    path, check = export_study(folder, answer, arguments.format, out, Progress())
+    if arguments.json:
+        print(json.dumps(_plain({"folder": str(path), **vars(check)}), indent=1))
+    else:
+        print(f"{path}: {check.message or 'equal'}; weights differ by {check.max_weight_diff:g} over {check.n_linears} linears")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""`search run --dry-run`: the space, and what the run would cost, before anything is measured or computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from methods.policy import DENSE
+from profilers.table import LatencyTable
+from search.config import RunConfig
+from search.explore import FIRST_STAGE, N_SIMPLE
+from search.prepare import MIXED_RUNS, PROBES, table_keys
+from search.progress import Progress
+from search.session import Session
+
+
+def dry_run(config: RunConfig, progress: Progress) -> dict[str, Any]:
+    """What is to be decided, and counts of everything the run would do; loads the model, writes nothing to the study."""
+    session = Session(config, progress)
+    space = session.space
+    keys = table_keys(session)
+    table = LatencyTable.open(config.cache_folder / "tables", session.target)
+    structure = session.loaded.structure
+    compressed = sum(1 for choices in space.choices.values() for choice in choices if choice.decision != DENSE)
+    formats = {choice.format.name for choices in space.choices.values() for choice in choices if choice.decision != DENSE}
+    n_uniform = len({choice.decision for choices in space.choices.values() for choice in choices if choice.decision != DENSE})
+    first = n_uniform + N_SIMPLE + 1 + config.evaluations
+    return {
+        "model": f"{session.loaded.label}: {len(structure.blocks)} blocks, {structure.n_parameters} parameters",
+        "target": f"{session.target.name}: {session.target.description}, {session.target.threads} thread(s)",
+        "objective": f"{config.objective.text}, {config.load.unit}, {config.load.name}",
+        "space": space.describe(),
+        "kernel cells to measure": f"{len(table.missing(keys))} of {len(keys)}",
+        "whole-model runs": min(4, len(formats)) + MIXED_RUNS + 1,
+        "compressed sites to make": f"{compressed} on {config.calibration_tokens} calibration tokens",
+        "sensitivities": f"{compressed} scores from 1 forward and {PROBES} backward passes",
+        "true evaluations": f"at most {first} of {FIRST_STAGE * config.sequence} tokens, the best again on {config.search_tokens}",
+        "finalists": f"{config.finalists} searched and the best simple policy, measured end to end and recompressed in order",
+    }

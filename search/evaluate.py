@@ -1,0 +1,228 @@
+"""True quality of a policy: KL divergence from the dense model and perplexity, with the reference numerics of its formats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from methods.apply import Installer
+from methods.method import Edit
+from methods.model.head import check_projection, final_hidden, project
+from methods.model.structure import Structure
+from methods.policy import DENSE, Decision, Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_CHUNK = 128
+"""Tokens whose logits exist at once."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Per sequence: mean KL divergence from the dense model and mean negative log-likelihood, both in nats per token."""
+
+    kl_each: tuple[float, ...]
+    nll_each: tuple[float, ...]
+    n_tokens: int
+
+    @property
+    def kl(self) -> float:
+        """Mean KL divergence, nats per token."""
+        return sum(self.kl_each) / len(self.kl_each)
+
+    @property
+    def kl_stderr(self) -> float:
+        """Standard error of `kl` over sequences; nan for fewer than two."""
+        return stderr(self.kl_each)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood."""
+        return math.exp(sum(self.nll_each) / len(self.nll_each))
+
+
+def stderr(values: Sequence[float]) -> float:
+    """Standard error of the mean; nan for fewer than two values."""
+    n = len(values)
+    if n < 2:
+        return float("nan")
+    mean = sum(values) / n
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
+    """Mean of `a - b` over the sequences both have, and its standard error."""
+    differences = [x - y for x, y in zip(a, b, strict=False)]
+    return sum(differences) / len(differences), stderr(differences)
+
+
+class Switch:
+    """The one owner of what is installed in a model: a policy from the bank, loose edits, or nothing."""
+
+    def __init__(self, model: nn.Module, structure: Structure, edit_of: Callable[[str, Decision], Edit]) -> None:
+        """edit_of(site, decision) reads the bank."""
+        self.model, self.structure, self._edit_of = model, structure, edit_of
+        self._installer = Installer(model, structure)
+        self._installed: dict[str, Decision | None] = {}
+
+    def policy(self, policy: Policy) -> None:
+        """Install a policy; only sites that differ from what is there are touched."""
+        for site in self.structure.sites:
+            decision = policy.at(site.name)[0]
+            if self._installed.get(site.name, DENSE) != decision:
+                self._installer.install(site.name, None if decision == DENSE else self._edit_of(site.name, decision))
+                self._installed[site.name] = decision
+
+    def edits(self, edits: Mapping[str, Edit]) -> None:
+        """Install edits by site, and nothing elsewhere."""
+        self.dense()
+        for site, edit in edits.items():
+            self._installer.install(site, edit)
+            self._installed[site] = None
+
+    def dense(self) -> None:
+        """Give the model back as it was loaded, bit for bit."""
+        self._installer.restore()
+        self._installed.clear()
+
+
+class Evaluator:
+    """Evaluates policies on one corpus, reusing the dense model's hidden states and every sequence already done."""
+
+    def __init__(self, switch: Switch, tokens: Tensor) -> None:
+        """tokens: (n_sequences, length). Raises ValueError where the model's output head is not understood."""
+        switch.dense()
+        check_projection(switch.model, switch.structure, tokens[:1, :8])
+        self.tokens = tokens
+        self._switch, self._model, self._structure = switch, switch.model, switch.structure
+        self._dense_hidden: list[Tensor] = []
+        self._done: dict[str, list[tuple[float, float]]] = {}
+
+    def evaluate(
+        self, policy: Policy, n_sequences: int | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> Quality:
+        """Quality on the first `n_sequences` (default: all); sequences done before are not run again."""
+        n = min(n_sequences or len(self.tokens), len(self.tokens))
+        self._need_dense(n)
+        done = self._done.setdefault(policy.key(), [])
+        if len(done) < n:
+            self._switch.policy(policy)
+            for index in range(len(done), n):
+                done.append(self._sequence(index))
+                if progress:
+                    progress(index + 1, n)
+        return self._quality(done[:n])
+
+    def known(self, policy: Policy, kl_each: Sequence[float]) -> None:
+        """Take over the KL of sequences that an earlier process evaluated, in order; their likelihood stays unknown (nan)."""
+        done = self._done.setdefault(policy.key(), [])
+        if len(kl_each) > len(done):
+            self._done[policy.key()] = [(kl, math.nan) for kl in kl_each]
+
+    def evaluate_edits(
+        self, edits: Mapping[str, Edit], progress: Callable[[int, int], None] | None = None, n_sequences: int | None = None
+    ) -> Quality:
+        """Quality of a model given by its edits rather than by a policy in the bank (finalists, loaded checkpoints)."""
+        n = min(n_sequences or len(self.tokens), len(self.tokens))
+        self._need_dense(n)
+        self._switch.edits(edits)
+        result = []
+        for index in range(n):
+            result.append(self._sequence(index))
+            if progress:
+                progress(index + 1, n)
+        return self._quality(result)
+
+    def model_kl(self, other: nn.Module, n_sequences: int) -> Quality:
+        """Quality of another model object (real kernels) against the dense reference on the first sequences."""
+        self._need_dense(n_sequences)
+        result = []
+        for index in range(n_sequences):
+            with torch.inference_mode():
+                logits = other(input_ids=self.tokens[index : index + 1], use_cache=False).logits[0].float()
+            result.append(self._compare(index, lambda part, logits=logits: logits[part]))  # type: ignore[misc]
+        return self._quality(result)
+
+    def _quality(self, done: Sequence[tuple[float, float]]) -> Quality:
+        return Quality(tuple(kl for kl, _ in done), tuple(nll for _, nll in done), len(done) * self.tokens.shape[1])
+
+    def _need_dense(self, n: int) -> None:
+        if len(self._dense_hidden) >= n:
+            return
+        self._switch.dense()
+        with torch.inference_mode():
+            for index in range(len(self._dense_hidden), n):
+                self._dense_hidden.append(final_hidden(self._model, self.tokens[index : index + 1])[0])
+
+    def _sequence(self, index: int) -> tuple[float, float]:
+        with torch.inference_mode():
+            hidden = final_hidden(self._model, self.tokens[index : index + 1])[0]
+            return self._compare(index, lambda part: project(self._model, self._structure, hidden[part]))
+
+    def _compare(self, index: int, logits_of: Callable[[slice], Tensor]) -> tuple[float, float]:
+        """(KL from dense, negative log-likelihood), means over the sequence's positions and targets."""
+        ids = self.tokens[index]
+        kl = nll = 0.0
+        with torch.inference_mode():
+            for part in _parts(len(ids)):
+                log_q = logits_of(part).log_softmax(-1)
+                log_p = project(self._model, self._structure, self._dense_hidden[index][part]).log_softmax(-1)
+                kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+                targets = ids[part.start + 1 : part.stop + 1]
+                nll -= float(log_q[: len(targets)].gather(-1, targets[:, None]).double().sum())
+        return kl / len(ids), nll / (len(ids) - 1)
+
+
+def _parts(n: int) -> Iterator[slice]:
+    for start in range(0, n, _CHUNK):
+        yield slice(start, min(start + _CHUNK, n))
+
+
+class TaskError(ValueError):
+    """A task that lm-eval does not know or cannot load."""
+
+
+def lm_eval_tasks(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int) -> dict[str, dict[str, float]]:
+    """Scores of lm-eval tasks: names that lm-eval knows, or YAML files (their folder is searched too).
+
+    Returns task -> metric -> value, standard errors as `metric_stderr`. Raises TaskError with the unknown names.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    folders = sorted({str(Path(task).parent.resolve()) for task in tasks if task.endswith((".yaml", ".yml"))})
+    missing = [task for task in tasks if task.endswith((".yaml", ".yml")) and not Path(task).exists()]
+    if missing:
+        raise TaskError(f"--tasks: no such file: {', '.join(missing)}")
+    names = [_task_name(Path(task)) if task.endswith((".yaml", ".yml")) else task for task in tasks]
+    manager = TaskManager(include_path=folders or None)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise TaskError(
+            f"--tasks: lm-eval does not know {', '.join(unknown)}; `lm-eval ls tasks` lists them, or give a YAML file"
+        )
+    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    result = simple_evaluate(model=adapter, tasks=names, limit=limit or None, task_manager=manager, log_samples=False)
+    return {
+        name: {
+            metric.split(",")[0]: float(value)
+            for metric, value in scores.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        for name, scores in result["results"].items()
+    }
+
+
+def _task_name(path: Path) -> str:
+    for line in path.read_text().splitlines():
+        if line.startswith("task:"):
+            return line.split(":", 1)[1].strip()
+    raise TaskError(f"--tasks {path}: no `task:` line names the task")

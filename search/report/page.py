@@ -1,0 +1,200 @@
+"""The report as one self-contained HTML page: no network, no script."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from methods.atomic import write_text
+from methods.formats.format import parse_format
+from search.report.content import LayerMap, ReportData, answer, guard_words
+from search.report.picture import draw
+from search.report.table import Table, candidate_table, predicted_table
+
+_STYLE = """
+:root { --ink: #1f2430; --soft: #5b6270; --line: #e2e5ea; --paper: #ffffff; --wash: #f6f7f9; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--wash); color: var(--ink); font: 15px/1.55 system-ui, "Segoe UI", "Helvetica Neue", sans-serif; }
+main { max-width: 1060px; margin: 24px auto; padding: 32px 40px; background: var(--paper); border: 1px solid var(--line); }
+h1 { font-size: 24px; line-height: 1.25; margin: 0 0 2px; }
+h2 { font-size: 17px; margin: 36px 0 10px; padding-bottom: 5px; border-bottom: 1px solid var(--line); }
+p { margin: 6px 0; } .soft { color: var(--soft); font-size: 13.5px; }
+.answer { margin: 20px 0; padding: 14px 18px; border-left: 5px solid; background: var(--wash); }
+.answer.met { border-color: #009e73; } .answer.not-met { border-color: #d55e00; } .answer.unvalidated { border-color: #e69f00; }
+.answer b.verdict { font-size: 17px; }
+.scroll { overflow-x: auto; } img { max-width: 100%; height: auto; }
+table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
+th, td { padding: 5px 12px 5px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+th { font-weight: 600; color: var(--soft); } td.n, th.n { text-align: right; white-space: nowrap; }
+tr.chosen td { background: #e8f5f0; font-weight: 600; }
+.predicted { padding: 4px 18px 14px; border: 1px dashed #8a8f98; background: var(--wash); }
+.map td, .map th { padding: 0; border: 1px solid var(--paper); text-align: center; font-size: 11px; }
+.map td { width: 26px; height: 24px; } .map th { color: var(--soft); font-weight: 400; padding: 0 8px 0 0; white-space: nowrap; }
+.map thead th { padding: 0; } .map td.none { background: none; }
+.key { display: inline-block; margin: 8px 18px 0 0; font-size: 13px; } .key i { display: inline-block; width: 14px; height: 14px;
+  margin-right: 6px; vertical-align: -2px; }
+@media print { body { background: none; } main { border: 0; margin: 0; padding: 0; max-width: none; } }
+"""
+
+# Cividis-like steps, dark for few bits: an order that survives any colour vision and a grey printer.
+_RAMP = ("#00224e", "#2a3f6d", "#575d6d", "#7c7b78", "#a59c74", "#d2c060", "#fee838")
+
+
+def page(data: ReportData) -> str:
+    """The whole page; every text that comes from outside is escaped."""
+    png = base64.b64encode(draw(data)).decode()
+    body = [
+        f"<h1>{escape(data.model)}</h1>",
+        f'<p class="soft">{escape(data.target)} · {escape(data.objective.workload)} · study {escape(data.study)}</p>',
+        _answer(data),
+        _notes(data.notes),
+        _section(
+            "Frontier", f'<img alt="Latency against KL divergence, measured and predicted" src="data:image/png;base64,{png}">'
+        ),
+        _section("Measured", _measured(data)),
+        _section("Against the simple policies", f"<p>{escape(guard_words(data.guard))}</p>") if data.guard else "",
+        _section("What was decided where", _map(data.layer_map)),
+        _section("Predicted, not measured", _predicted(data)) if data.predicted else "",
+        _section("How far the models can be trusted", _errors(data)),
+        _section("Data", _data(data)),
+        _section("What the search cost", _pairs(data.cost)),
+        _section("Provenance", _pairs(data.provenance)),
+    ]
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(data.model)}: report</title>'
+    )
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head><body><main>\n' + "\n".join(
+        [part for part in body if part] + ["</main></body></html>\n"]
+    )
+
+
+def write_page(data: ReportData, path: Path) -> None:
+    """Writes the page in one step."""
+    write_text(path, page(data))
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>\n{content}</section>"
+
+
+def _answer(data: ReportData) -> str:
+    verdict = {"met": "The objective is met", "not met": "The objective is not met", "unvalidated": "Not validated"}[
+        data.verdict
+    ]
+    asked, *rest = answer(data)
+    lines = "".join(f"<p>{escape(sentence)}</p>" for sentence in rest)
+    name = data.verdict.replace(" ", "-")
+    return f'<div class="answer {name}"><b class="verdict">{verdict}</b><p>{escape(asked)}</p>{lines}</div>'
+
+
+def _notes(notes: Sequence[str]) -> str:
+    return "".join(f'<p class="soft">Note: {escape(note)}</p>' for note in notes)
+
+
+def _measured(data: ReportData) -> str:
+    ordered = sorted(data.measured, key=lambda entry: (entry.candidate.latency_ms, entry.candidate.kl))
+    note = f"Perplexity is not reported: {data.perplexity_note}." if data.perplexity_note else ""
+    kinds = "Latency: median [interval]. KL: mean over tokens, ± one standard error over sequences, against the dense model."
+    classes = [entry.group for entry in ordered]
+    return f'<p class="soft">{kinds} {escape(note)}</p>' + _table(candidate_table(data.measured), classes)
+
+
+def _predicted(data: ReportData) -> str:
+    table = predicted_table(sorted(data.predicted, key=lambda c: c.latency_ms))
+    text = "The exact solver's optimum under other budgets, by additive sensitivity score and fitted latency. Nobody has run these."
+    return f'<div class="predicted"><p class="soft">{text}</p>{_table(table)}</div>'
+
+
+def _table(table: Table, classes: Sequence[str] = ()) -> str:
+    numeric = ["n" if table.is_numeric(column) else "" for column in table.columns]
+    head = _cells("th", [column.heading for column in table.columns], numeric)
+    rows = [_cells("td", row, numeric) for row in table.cells()]
+    names = [*classes, *[""] * (len(rows) - len(classes))]
+    body = "".join(f'<tr class="{name}">{row}</tr>' for name, row in zip(names, rows, strict=True))
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cells(tag: str, texts: Iterable[str], classes: Iterable[str]) -> str:
+    return "".join(f'<{tag} class="{name}">{escape(text)}</{tag}>' for text, name in zip(texts, classes, strict=True))
+
+
+def _pairs(pairs: Sequence[tuple[str, str]]) -> str:
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in pairs)
+    return f"<table>{rows}</table>"
+
+
+def _data(data: ReportData) -> str:
+    if not data.data:
+        return "<p>No text was used.</p>"
+    head = "<tr><th>role</th><th>source</th><th>tokens</th><th>hash</th></tr>"
+    rows = [(use.role, use.source, f"{use.n_tokens:,}", use.digest) for use in data.data]
+    return f"<table>{head}" + "".join(f"<tr>{_cells('td', row, ('', '', 'n', ''))}</tr>" for row in rows) + "</table>"
+
+
+def _errors(data: ReportData) -> str:
+    lines = []
+    fit = data.latency_fit
+    if fit is None:
+        lines.append("No latency map was fitted.")
+    else:
+        lines.append(
+            f"Latency map {fit.formula}, fitted on {fit.n_runs} whole-model runs: leave-one-out error {fit.mean_error:.1%} on average, "
+            f"{fit.max_error:.1%} at most; intervals promise {fit.coverage:.0%}."
+        )
+    report = data.predictor
+    if report is None:
+        lines.append("No loss predictor was evaluated: too few policies were measured.")
+    else:
+        lines.append(
+            f"Loss predictor ({', '.join(sorted(set(report.kinds)))}), on {report.n} policies it never saw: rank correlation "
+            f"{_correlation(report.spearman)} overall, {_correlation(report.spearman_in_bands)} inside ±3 % latency bands "
+            f"({report.n_in_bands} policies); the raw score alone {_correlation(report.spearman_score)}; mean error of log KL "
+            f"{report.mae_log:.2f}; {report.coverage:.0%} of true values inside intervals that promise {report.promised:.0%}."
+        )
+    return "".join(f"<p>{escape(line)}</p>" for line in lines)
+
+
+def _correlation(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.2f}"
+
+
+def _map(layers: LayerMap) -> str:
+    """A grid of kinds by blocks; the colour and the number say how many bits a weight has, the tooltip names the format."""
+    names = sorted({name for row in layers.cells.values() for name in row.values()}, key=_bits)
+    places = [round(k * (len(_RAMP) - 1) / max(len(names) - 1, 1)) for k in range(len(names))] if len(names) > 1 else [0]
+    colour = {name: _RAMP[place] for name, place in zip(names, places, strict=True)}
+    head = "".join(f"<th>{block if block % 5 == 0 else ''}</th>" for block in range(layers.n_blocks))
+    rows = "".join(
+        f"<tr><th>{escape(kind)}</th>"
+        + "".join(_cell(layers.cells[kind].get(b), b, colour) for b in range(layers.n_blocks))
+        + "</tr>"
+        for kind in layers.kinds
+    )
+    counts = {name: sum(own == name for row in layers.cells.values() for own in row.values()) for name in names}
+    keys = "".join(
+        f'<span class="key"><i style="background:{colour[name]}"></i>{escape(name)} ({counts[name]})</span>' for name in names
+    )
+    grid = f'<table class="map"><thead><tr><th>block</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
+    return f'<div class="scroll">{grid}</div><p>{keys}</p>'
+
+
+def _cell(name: str | None, block: int, colour: dict[str, str]) -> str:
+    if name is None:
+        return '<td class="none"></td>'
+    background = colour[name]
+    red, green, blue = (int(background[k : k + 2], 16) for k in (1, 3, 5))
+    ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else "#1f2430"
+    title = escape(f"block {block}: {name}", quote=True)
+    bits = f"{_bits(name)[0]:g}" if _bits(name)[0] < float("inf") else ""
+    return f'<td style="background:{background};color:{ink}" title="{title}">{bits}</td>'
+
+
+def _bits(name: str) -> tuple[float, float, str]:
+    """What formats are ordered by: bits, scales a weight; what is no format's name comes last."""
+    try:
+        form = parse_format(name)
+    except ValueError:
+        return float("inf"), 0.0, name
+    return float(form.bits), 0.0 if form.group == -1 else 1 / form.group, name

@@ -1,0 +1,233 @@
+"""What a study leaves behind: policies as files, the frontier as CSV and picture, the report; and the answers of all objectives."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from methods.atomic import write_text
+from methods.policy import Policy
+from predictors.intervals import normal_interval
+from predictors.loss import PredictorReport
+from search.config import RunConfig
+from search.finalists import DENSE_NAME, Finalist
+from search.frontier import Candidate, Fidelity, frontier, write_csv
+from search.prepared import Prepared
+from search.report import content
+from search.report.content import DataUse, Entry, Guard, LatencyFit, ReportData, layer_map
+from search.report.page import write_page
+from search.report.picture import write_picture
+from search.report.table import candidate_table
+from search.strategies.solve import solve
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The outcome for one objective: every finalist, which of them is the answer, and how it was found.
+
+    chosen: position in `finalists`, None where none meets the objective; verdict: `met`, or `not met` (also on a machine too contended
+    to tell); simple: position of the best simple policy that meets it; difference: KL of the best searched policy minus that of the
+    simple one, paired on the validation text, with its standard error.
+    """
+
+    objective: str
+    limit_ms: float
+    verdict: str
+    finalists: tuple[Finalist, ...]
+    chosen: int | None
+    simple: int | None
+    difference: tuple[float, float] | None
+    shadow_price: float
+    predicted: Mapping[str, float]
+    predictor: Mapping[str, Any] | None
+    cost: Mapping[str, float]
+    versions: Mapping[str, str]
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        data = {name: value for name, value in vars(self).items() if name != "finalists"}
+        return {**data, "finalists": [item.to_json() for item in self.finalists]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Answer:
+        """Inverse of `to_json`."""
+        finalists = tuple(Finalist.from_json(item) for item in data["finalists"])
+        difference = tuple(data["difference"]) if data["difference"] else None
+        return cls(**{**data, "finalists": finalists, "difference": difference, "notes": tuple(data["notes"])})
+
+    @property
+    def best(self) -> Finalist | None:
+        """The chosen finalist."""
+        return None if self.chosen is None else self.finalists[self.chosen]
+
+
+def answers(folder: Path) -> dict[str, Answer]:
+    """All answers of a study, by objective, the oldest first."""
+    files = sorted((folder / "answers").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    return {answer.objective: answer for answer in (Answer.from_json(json.loads(path.read_text())) for path in files)}
+
+
+def policy_name(finalist: Finalist, answer: Answer) -> str:
+    """A file name: the objective for the answer, the preset's name for a simple policy."""
+    if finalist is answer.best:
+        return answer.objective
+    text = "".join(c if c.isalnum() else "-" for c in finalist.name)
+    return "-".join(filter(None, text.split("-")))
+
+
+def save(folder: Path, answer: Answer, prepared: Prepared, config: RunConfig, policies: Mapping[str, str]) -> None:
+    """Write an answer, its policies (name -> text of the file), the frontier of all answers, the picture and the report."""
+    write_text(folder / "answers" / f"{answer.objective}.json", json.dumps(answer.to_json(), indent=1))
+    for name, text in policies.items():
+        write_text(folder / "policies" / f"{name}.yaml", text)
+    data = report_data(folder, answer, prepared, config)
+    write_csv([entry.candidate for entry in data.measured], folder / "frontier.csv")
+    write_picture(data, folder / "frontier.png")
+    write_page(data, folder / "report.html")
+
+
+def measured_entries(folder: Path, answer: Answer) -> list[Entry]:
+    """Everything measured in this study, each policy once: this answer's finalists first, then those of other objectives."""
+    entries: dict[str, Entry] = {}
+    others = [other for name, other in answers(folder).items() if name != answer.objective]
+    for source in [answer, *reversed(others)]:
+        for finalist in source.finalists:
+            if math.isnan(finalist.report_kl) or finalist.policy.key() in entries:
+                continue
+            if finalist.name == DENSE_NAME:
+                group: content.Group = "dense"
+            elif finalist is answer.best:
+                group = "chosen"
+            else:
+                group = "baseline" if finalist.simple else "search"
+            entries[finalist.policy.key()] = Entry(candidate(finalist), group)
+    result = list(entries.values())
+    if answer.best is not None and not answer.best.policy.sites:
+        result.append(Entry(replace(candidate(answer.best), name="dense, the answer"), "chosen"))
+    return result
+
+
+def candidate(finalist: Finalist) -> Candidate:
+    """A finalist as a measured candidate, its quality on the report text."""
+    scores = {} if math.isnan(finalist.perplexity) else {"perplexity": finalist.perplexity}
+    scores |= {f"{task} {metric}": value for task, found in finalist.tasks.items() for metric, value in found.items()}
+    return Candidate(
+        policy=finalist.policy,
+        name=finalist.name,
+        fidelity=Fidelity.MEASURED,
+        kl=finalist.report_kl,
+        kl_stderr=0.0 if math.isnan(finalist.report_kl_stderr) else finalist.report_kl_stderr,
+        latency_ms=finalist.latency_ms,
+        latency_lo=finalist.lo_ms,
+        latency_hi=finalist.hi_ms,
+        size_bytes=finalist.size_bytes,
+        scores=scores,
+        role="report",
+        latency_label="measured",
+    )
+
+
+def predicted_curve(prepared: Prepared, n: int = 16) -> list[Candidate]:
+    """The solver's predicted frontier over the whole range of latencies."""
+    problem = prepared.problem
+    low, high = problem.fastest_ms, sum(float(t[0]) for t in problem.latency_ms)
+    found = {}
+    for index in range(n):
+        solution = solve(problem, low + (high - low) * index / (n - 1) + 1e-9, time_limit_s=2.0)
+        ms = prepared.map.predict(solution.latency_ms)
+        found[solution.policy.key()] = Candidate(
+            policy=solution.policy,
+            name=f"solver at {ms.mean:.3g} ms",
+            fidelity=Fidelity.PREDICTED,
+            kl=max(solution.loss, 0.0),
+            kl_stderr=0.0,
+            latency_ms=ms.mean,
+            latency_lo=ms.lo,
+            latency_hi=ms.hi,
+            size_bytes=prepared.size_bytes(solution.policy),
+        )
+    return frontier(list(found.values()))
+
+
+def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunConfig) -> ReportData:
+    """The report of one answer in the light of the whole study."""
+    entries = measured_entries(folder, answer)
+    shown = answer.best.policy if answer.best else Policy()
+    map_ = prepared.map
+    generated = any(use["generated"] for use in prepared.data.values())
+    return ReportData(
+        study=config.study_name,
+        model=str(prepared.model["label"]),
+        target=f"{prepared.target['name']} ({prepared.target['description']}), {prepared.target['threads']} thread(s)",
+        objective=content.Objective(answer.objective, answer.limit_ms, config.load.unit, config.load.name),
+        verdict="met" if answer.verdict == "met" else "not met",
+        measured=tuple(entries),
+        predicted=tuple(predicted_curve(prepared)),
+        layer_map=layer_map(shown, [(s.name, s.kind, s.block) for s in prepared.sites], prepared.sites[0].options[0].format),
+        guard=guard(answer),
+        latency_fit=LatencyFit(
+            f"T = {map_.b0:.3g} ms + {map_.b1:.3g} × sum of the sites' kernel times",
+            len(map_.runs),
+            map_.loo_error.mean,
+            map_.loo_error.max,
+            map_.coverage,
+        ),
+        predictor=None
+        if answer.predictor is None
+        else PredictorReport(**{**answer.predictor, "kinds": tuple(answer.predictor["kinds"])}),
+        shadow_price=answer.shadow_price,
+        data=tuple(
+            DataUse(role, use["source"], use["sequences"] * use["length"], use["sha256"])  # type: ignore[arg-type]
+            for role, use in prepared.data.items()
+        ),
+        cost=tuple((name, _amount(name, value)) for name, value in answer.cost.items()),
+        provenance=(
+            ("model digest", str(prepared.model["digest"])),
+            ("dense reference", prepared.dense_name),
+            ("device fingerprint", str(prepared.target["fingerprint"])),
+            *answer.versions.items(),
+        ),
+        perplexity_note="the text was written by the model itself" if generated else "",
+        notes=(*map(str, prepared.model["notes"]), *prepared.notes, *answer.notes),
+    )
+
+
+def guard(answer: Answer) -> Guard | None:
+    """The comparison with the simple policies, in the report's terms."""
+    n = sum(1 for item in answer.finalists if item.simple and item.name != DENSE_NAME)
+    if answer.simple is None or answer.difference is None:
+        return None if answer.best is None else Guard(True, "none", None, n)
+    mean, stderr = answer.difference
+    won = answer.best is not None and not answer.best.simple
+    return Guard(won, answer.finalists[answer.simple].name, normal_interval(mean, stderr), n)
+
+
+def _amount(name: str, value: float) -> str:
+    return f"{value:.0f} s" if name.endswith("time") else f"{value:g}"
+
+
+def text_table(entries: Sequence[Entry]) -> str:
+    """The measured table for the terminal, the fastest first."""
+    return candidate_table(sorted(entries, key=lambda entry: entry.candidate.latency_ms)).text()
+
+
+def json_rows(entries: Sequence[Entry]) -> list[dict[str, object]]:
+    """The measured table as JSON rows."""
+    return candidate_table(sorted(entries, key=lambda entry: entry.candidate.latency_ms)).json()
+
+
+def plain_report(report: PredictorReport | None) -> dict[str, Any] | None:
+    """A predictor's report as plain values."""
+    return None if report is None else asdict(report)
+
+
+def saved_config(folder: Path) -> RunConfig:
+    """The configuration that a study was last run with."""
+    from search.config import read_toml
+
+    return RunConfig(**read_toml(folder / "config.toml"))

@@ -1,0 +1,199 @@
+"""`Session`: the heavy things of a run (model, target, text, bank, store), each made when it is first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from methods import catalogue
+from methods.apply import site_view
+from methods.bank import Bank
+from methods.formats.format import Format, parse_format
+from methods.method import Edit
+from methods.model.load import LoadedModel, load
+from methods.model.structure import Site
+from methods.policy import DENSE, Decision, Policy
+from profilers.kernels.catalogue import refusals, supported
+from profilers.runtime import Runtime
+from profilers.table import LatencyTable
+from profilers.target import Target, resolve
+from search.config import RunConfig
+from search.data import ROLES, Corpus, generate_tokens, parse_sources, roles_from_text, roles_from_tokens
+from search.evaluate import Switch
+from search.files import content_key
+from search.progress import Progress
+from spaces.runtimes import DEFAULT_FORMATS, runtime
+from spaces.space import Space, build
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+
+class Session:
+    """One run's things. `config` says what, `progress` hears what takes long."""
+
+    def __init__(self, config: RunConfig, progress: Progress) -> None:
+        self.config, self.progress = config, progress
+
+    @cached_property
+    def target(self) -> Target:
+        """The target; raises TargetError where it cannot be measured and no table is stored."""
+        return resolve(self.config.target, threads=self.config.threads or None)
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """Model, tokenizer and structure."""
+        spec = None if self.config.model == "default" else self.config.model
+        loaded = load(spec, self.config.cache_folder, log=self.progress.say)
+        n = loaded.structure.n_parameters
+        self.progress.say(
+            f"{loaded.label}: {loaded.structure.architecture}, {n / 1e6:.0f} M parameters, {loaded.structure.dtype}"
+        )
+        return loaded
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The dense model, fp32 compute."""
+        model: torch.nn.Module = self.loaded.model
+        return model
+
+    def engine(self, table: LatencyTable) -> Runtime:
+        """What materialises policies on the target's kernels."""
+        return Runtime(self.model, self.loaded.structure, self.target, table, self.config.load)
+
+    @cached_property
+    def space(self) -> Space:
+        """The legal choices of every site."""
+        engine = runtime(self.config.runtime)
+        formats = self.config.formats or DEFAULT_FORMATS[self.config.runtime]
+
+        def kernels(fmt: Format, site: Site) -> str | None:
+            cell = self.cell(site, fmt)
+            if supported(fmt, cell.n, cell.k, cell.m, self.target):
+                return None
+            reasons = refusals(fmt, cell.n, cell.k, cell.m, self.target)
+            return "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:2])
+
+        return build(self.loaded.structure, formats, self.config.methods, engine, kernels)
+
+    def cell(self, site: Site, fmt: Format) -> Any:
+        """The table's cell of a site under a format."""
+        from profilers.cells import site_cells
+
+        return site_cells(site, fmt, self.config.load.tokens_in_flight, self.experts_per_token)[0][0]
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts that each token visits; 0 in a dense model."""
+        return int(getattr(self.loaded.model.config, "num_experts_per_tok", 0) or 0)
+
+    @cached_property
+    def corpora(self) -> Mapping[str, Corpus]:
+        """The text of all roles, cached where the model writes it itself."""
+        config, structure = self.config, self.loaded.structure
+        length = min(config.sequence, self.longest_sequence)
+        tokens = {
+            "calibrate": config.calibration_tokens,
+            "search": config.search_tokens,
+            "validate": config.validation_tokens,
+            "report": config.validation_tokens,
+        }
+        sizes = {role: -(-tokens[role] // length) for role in ROLES}
+        sources = parse_sources(config.data)
+        if sources:
+            if self.loaded.tokenizer is None:
+                raise ValueError(
+                    f"{self.loaded.source}: no tokenizer, so --data cannot be read; leave it out or add tokenizer.json"
+                )
+            return roles_from_text(sources, self.loaded.tokenizer, sizes, length, config.seed)
+        key = content_key(self.loaded.digest, length, sum(sizes.values()), config.seed, structure.n_vocab)
+        path = config.cache_folder / "generated" / f"{key}.safetensors"
+        return roles_from_tokens(self._generated(path, sum(sizes.values()), length), sizes)
+
+    @property
+    def longest_sequence(self) -> int:
+        """Positions that the model has; the configured sequence where it does not say."""
+        config = self.loaded.model.config
+        return int(
+            getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or self.config.sequence
+        )
+
+    def _generated(self, path: Path, n_sequences: int, length: int) -> Tensor:
+        from safetensors.torch import load_file, save
+
+        from methods.atomic import write_bytes
+
+        if path.exists():
+            return load_file(path)["tokens"]
+        self.progress.say(
+            f"no --data: the model writes {n_sequences} sequences of {length} tokens itself (kept for later runs)"
+        )
+        with self.progress.bar("writing text") as update, all_threads():
+            tokens = generate_tokens(self.loaded.model, n_sequences, length, self.config.seed, update)
+        write_bytes(path, save({"tokens": tokens}))
+        return tokens
+
+    @cached_property
+    def bank(self) -> Bank:
+        """Compressed tensors of every (site, decision) of this model and this calibration."""
+        return Bank(self.bank_folder)
+
+    @cached_property
+    def bank_folder(self) -> Path:
+        """Named by model and calibration text, so that a changed one finds another bank."""
+        return self.config.folder / "bank" / content_key(self.loaded.digest, self.corpora["calibrate"].sha256)
+
+    def edit(self, site: str, decision: Decision) -> Edit:
+        """What a decision made of a site, from the bank."""
+        return self.bank.get(site, decision)
+
+    @cached_property
+    def switch(self) -> Switch:
+        """What installs policies into the model."""
+        return Switch(self.model, self.loaded.structure, self.edit)
+
+    def edits(self, policy: Policy) -> dict[str, Edit]:
+        """The edits of all sites that a policy compresses."""
+        sites = [site.name for site in self.loaded.structure.sites]
+        return {site: self.edit(site, policy.at(site)[0]) for site in sites if policy.at(site)[0] != DENSE}
+
+    def rounded_edits(self, policy: Policy) -> dict[str, Edit]:
+        """Edits in the policy's formats by plain rounding: for measuring speed, which the values do not change."""
+        edits = {}
+        for site in self.loaded.structure.sites:
+            decision = policy.at(site.name)[0]
+            if decision != DENSE:
+                plain = Decision.of("rtn", format=str(decision.knob("format")))
+                edits[site.name] = catalogue.apply(site_view(self.model, self.loaded.structure, site), {}, plain)
+        return edits
+
+    def norm_of(self, site: Site) -> Any:
+        """The norm that a scale at this site would fold into, or None."""
+        return site_view(self.model, self.loaded.structure, site).norm
+
+    @property
+    def dense_format(self) -> Format:
+        """The format that sites have when nothing is decided."""
+        return parse_format(self.loaded.structure.dtype)
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Computing, as opposed to timing, may use every core."""
+    import os
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+Log = Callable[[str], None]

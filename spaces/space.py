@@ -1,0 +1,163 @@
+"""The space: for every site of a model, the decisions that its runtime and its kernels can run. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from methods import catalogue
+from methods.formats.format import Format, parse_format
+from methods.model.structure import Site, Structure
+from methods.policy import DENSE, Decision
+from spaces.runtimes import Runtime
+
+Refuses = Callable[[Format, Site], str | None]
+"""Why a format cannot run at a site, or None."""
+
+_GROUPS = (128, 64, 32, 16, -1)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A decision at a site and what it stores: `bits_per_weight` with scales and offsets, `size_bytes` of the whole site."""
+
+    decision: Decision
+    format: Format
+    bits_per_weight: float
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Space:
+    """What can be decided: the choices of every site, the dense one first and the others as they were asked for.
+
+    dropped: by site, the reason why a decision (or, by its name, a format) is no choice there; notes: what was changed to fit, in words.
+    """
+
+    choices: Mapping[str, tuple[Choice, ...]]
+    dropped: Mapping[str, Mapping[str, str]]
+    notes: tuple[str, ...] = ()
+
+    def choice(self, site: str, decision: Decision) -> Choice:
+        """The choice of a decision at a site; raises KeyError with the reason or the alternatives where it is none."""
+        for choice in self.choices[site]:
+            if choice.decision == decision:
+                return choice
+        dropped = self.dropped.get(site, {})
+        reason = dropped.get(decision.label) or dropped.get(str(decision.knob("format")))
+        instead = reason or f"choices are {', '.join(choice.decision.label for choice in self.choices[site])}"
+        raise KeyError(f"{site}: {decision.label} is not in the space: {instead}")
+
+    @property
+    def size_log10(self) -> float:
+        """Decimal digits of the number of policies."""
+        return sum(math.log10(len(choices)) for choices in self.choices.values())
+
+    def describe(self) -> str:
+        """A few lines for people: what can be chosen at how many sites, what was dropped and why."""
+        n_choices = sum(len(choices) for choices in self.choices.values())
+        lines = [f"{len(self.choices)} sites, {n_choices} choices, 10^{self.size_log10:.0f} policies"]
+        sets: dict[tuple[str, ...], list[str]] = {}
+        for site, choices in self.choices.items():
+            sets.setdefault(tuple(choice.decision.label for choice in choices), []).append(site)
+        lines += [f"  {_count(sites)}: {', '.join(labels)}" for labels, sites in sets.items()]
+        reasons: dict[str, list[str]] = {}
+        for site, dropped in self.dropped.items():
+            for label, reason in dropped.items():
+                reasons.setdefault(f"{label}: {reason}", []).append(site)
+        lines += [f"  not at {_count(sites)}: {reason}" for reason, sites in reasons.items()]
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def _count(sites: Sequence[str]) -> str:
+    return sites[0] if len(sites) == 1 else f"{len(sites)} sites like {sites[0]}"
+
+
+def build(
+    structure: Structure, formats: Sequence[str], methods: Sequence[str], runtime: Runtime, kernel_supports: Refuses
+) -> Space:
+    """The legal choices: every method with every format that divides the site and that the runtime and the kernels run.
+
+    formats: names; dense ones add nothing, the dense choice is always there. Where a group does not divide a site's inputs, the
+    largest smaller one that does and that runs takes its place, or one scale a channel, and a note says so.
+    Raises ValueError for a model with experts on a runtime that gets none, and where nothing can be compressed at any site, with the
+    commonest reason.
+    """
+    if not runtime.experts and any(site.kind.startswith("expert") for site in structure.sites):
+        raise ValueError(
+            f"{structure.architecture} has experts, and such models are not exported to {runtime.name}; use isolatency"
+        )
+    wanted = [fmt for fmt in (parse_format(name) for name in dict.fromkeys(formats)) if not fmt.dense]
+    choices: dict[str, tuple[Choice, ...]] = {}
+    dropped: dict[str, Mapping[str, str]] = {}
+    replaced: dict[str, list[str]] = {}
+    for site in structure.sites:
+        fitting, reasons = _fitting(site, wanted, runtime, kernel_supports)
+        for asked, fmt in fitting.items():
+            if asked != fmt:
+                replaced.setdefault(f"{asked.name} -> {fmt.name} where it does not divide {site.d_in} inputs", []).append(
+                    site.name
+                )
+        found = [_dense(site, structure)]
+        for decision in (Decision.of(m, format=fmt.name) for fmt in dict.fromkeys(fitting.values()) for m in methods):
+            reason = catalogue.refuses(site, decision)
+            if reason:
+                reasons[decision.label] = reason
+            else:
+                found.append(_choice(site, decision))
+        choices[site.name] = tuple(found)
+        if reasons:
+            dropped[site.name] = MappingProxyType(reasons)
+    notes = tuple(f"{text}: {_count(sites)}" for text, sites in replaced.items())
+    space = Space(MappingProxyType(choices), MappingProxyType(dropped), notes)
+    if all(len(found) == 1 for found in choices.values()):
+        raise ValueError(_nothing(space, formats, methods, runtime))
+    return space
+
+
+def _fitting(
+    site: Site, wanted: Sequence[Format], runtime: Runtime, kernels: Refuses
+) -> tuple[dict[Format, Format], dict[str, str]]:
+    """The format that stands for each wanted one at a site, and the reasons of those for which none does, by format name."""
+    fitting: dict[Format, Format] = {}
+    reasons: dict[str, str] = {}
+    for asked in wanted:
+        first = None
+        for fmt in _candidates(asked, site.d_in):
+            reason = runtime.supports(fmt, site) or kernels(fmt, site)
+            if reason is None:
+                fitting[asked] = fmt
+                break
+            first = first or (reason if fmt == asked else f"as {fmt.name}: {reason}")
+        if asked not in fitting:
+            reasons[asked.name] = first or "no group divides it"
+    return fitting, reasons
+
+
+def _candidates(asked: Format, d_in: int) -> list[Format]:
+    if asked.divides(d_in):
+        return [asked]
+    groups = [group for group in _GROUPS if group < asked.group and (group == -1 or d_in % group == 0)]
+    return [replace(asked, group=group, act_group=-1 if asked.act_group == -1 else group) for group in groups]
+
+
+def _dense(site: Site, structure: Structure) -> Choice:
+    fmt = parse_format(structure.dtype)
+    return Choice(DENSE, fmt, float(fmt.bits), site.n_weights * fmt.bits // 8)
+
+
+def _choice(site: Site, decision: Decision) -> Choice:
+    plan = catalogue.plan(site, decision)
+    bits = plan.cost.bits_per_weight
+    return Choice(decision, plan.format, bits, math.ceil(bits * site.n_weights / 8))
+
+
+def _nothing(space: Space, formats: Sequence[str], methods: Sequence[str], runtime: Runtime) -> str:
+    reasons = [f"{label}: {reason}" for dropped in space.dropped.values() for label, reason in dropped.items()]
+    if not reasons:
+        asked = f"formats={list(formats)}, methods={list(methods)}"
+        return f"nothing to choose: {asked} name no compression for any of {len(space.choices)} sites"
+    usual = max(dict.fromkeys(reasons), key=reasons.count)
+    return f"nothing can be compressed on runtime {runtime.name!r}: {usual} (at {reasons.count(usual)} of {len(space.choices)} sites)"

@@ -1,0 +1,188 @@
+"""The feedback rounder against the explicit elimination loop of Optimal Brain Surgeon, and its limits."""
+
+import logging
+
+import pytest
+import torch
+
+from methods.formats.format import Format, parse_format
+from methods.formats.numerics import decode, encode
+from methods.quant.feedback import auto_damping, column_rounder, feedback, inverse_factor
+from methods.quant.grid import Grid, payload
+from methods.quant.minmax import minmax
+
+D_OUT, D_IN = 11, 240
+
+
+def problem(n_tokens: int = 2000, d_in: int = D_IN, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight (D_OUT, d_in) and correlated inputs (n_tokens, d_in) of unequal variance, fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(D_OUT, d_in, generator=generator, dtype=torch.float64) * 0.05
+    return weight, inputs(n_tokens, d_in, seed + 1)
+
+
+def inputs(n_tokens: int, d_in: int, seed: int, mixing_seed: int = 7) -> torch.Tensor:
+    mixing_generator, generator = torch.Generator().manual_seed(mixing_seed), torch.Generator().manual_seed(seed)
+    mixing = torch.randn(d_in // 4, d_in, generator=mixing_generator, dtype=torch.float64) / d_in**0.5
+    own = torch.rand(d_in, generator=mixing_generator, dtype=torch.float64) * 0.3
+    factors = torch.randn(n_tokens, d_in // 4, generator=generator, dtype=torch.float64)
+    return factors @ mixing + torch.randn(n_tokens, d_in, generator=generator, dtype=torch.float64) * own
+
+
+def gram(x: torch.Tensor) -> torch.Tensor:
+    return x.T @ x / len(x)
+
+
+def elimination(
+    weight: torch.Tensor, hessian: torch.Tensor, fmt: Format, grid: Grid, damping: float, order: list[int]
+) -> torch.Tensor:
+    """One column at a time: round it, push its error to the others by the inverse Hessian, eliminate it from that inverse."""
+    d_in = len(hessian)
+    w, codes = weight.clone(), torch.empty(weight.shape, dtype=torch.uint8)
+    inverse = torch.linalg.inv(hessian + damping * hessian.diagonal().mean() * torch.eye(d_in, dtype=torch.float64))
+    scale, size = grid.scale.double(), fmt.group_size(d_in)
+    offset = 0 * scale if grid.offset is None else grid.offset.double()
+    shift = fmt.levels // 2 if fmt.symmetric else 0
+    for j in order:
+        s, o = scale[:, j // size], offset[:, j // size]
+        code = (torch.round((w[:, j] - o) / s) + shift).clamp(*fmt.code_range)
+        error = w[:, j] - ((code - shift) * s + o)
+        w -= torch.outer(error, inverse[j] / inverse[j, j])
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+        # An eliminated column has zero rows in the inverse up to rounding; exact zeros keep later updates off it.
+        inverse[j], inverse[:, j] = 0, 0
+        codes[:, j] = code.to(torch.uint8)
+    return codes
+
+
+@pytest.mark.parametrize("name", ["w2a16-g48", "w4a16-g48-asym", "w3a16-g16", "w8a16", "w4a16-asym"])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_equals_explicit_elimination(name: str, act_order: bool) -> None:
+    fmt = parse_format(name)
+    weight, x = problem()
+    hessian, grid = gram(x), minmax(weight, fmt)
+    order = hessian.diagonal().argsort(descending=True).tolist() if act_order else list(range(D_IN))
+    expected = elimination(weight, hessian, fmt, grid, 0.01, order)
+    codes = feedback(weight, hessian, column_rounder(fmt, grid, D_IN, torch.float64), 0.01, act_order=act_order)
+    assert torch.equal(codes, expected)
+    assert not torch.equal(codes, encode(weight, fmt, grid.scale, grid.offset))
+
+
+@pytest.mark.parametrize("block", [1, 7, 100])
+def test_lazy_blocks_change_nothing(block: int) -> None:
+    fmt = parse_format("w4a16-g48-asym")
+    weight, x = problem()
+    rounder = column_rounder(fmt, minmax(weight, fmt), D_IN, torch.float64)
+    assert torch.equal(feedback(weight, gram(x), rounder, 0.01, block=block), feedback(weight, gram(x), rounder, 0.01))
+
+
+def test_act_order_rounds_the_largest_diagonal_first() -> None:
+    fmt = parse_format("w4a16-g48")
+    weight, x = problem()
+    hessian = gram(x)
+    rounder, seen = column_rounder(fmt, minmax(weight, fmt), D_IN, torch.float64), []
+
+    def spy(values: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(column)
+        return rounder(values, column)
+
+    feedback(weight, hessian, spy, 0.01)
+    assert seen == hessian.diagonal().argsort(descending=True).tolist()
+    assert seen != list(range(D_IN))
+
+
+@pytest.mark.parametrize("name", ["w2a16-g48", "w4a16-g48-asym", "w8a16"])
+@pytest.mark.parametrize("act_order", [True, False])
+def test_uncorrelated_inputs_round_to_nearest(name: str, act_order: bool) -> None:
+    fmt = parse_format(name)
+    weight = problem()[0].float()
+    grid = minmax(weight, fmt)
+    diagonal = torch.diag(torch.rand(D_IN, generator=torch.Generator().manual_seed(0)) + 0.1)
+    codes = feedback(weight, diagonal, column_rounder(fmt, grid, D_IN), 0.01, act_order=act_order)
+    assert torch.equal(codes, encode(weight, fmt, grid.scale, grid.offset))
+
+
+def test_dead_inputs_round_to_nearest_and_disturb_nothing() -> None:
+    fmt = parse_format("w3a16-g48")
+    weight, x = problem()
+    dead = [5, 100, 239]
+    x[:, dead] = 0
+    grid = minmax(weight, fmt)
+    codes = feedback(weight, gram(x), column_rounder(fmt, grid, D_IN, torch.float64), 0.01)
+    assert torch.equal(codes[:, dead], encode(weight, fmt, grid.scale, grid.offset)[:, dead])
+
+
+def test_inverse_factor() -> None:
+    hessian = gram(problem()[1])
+    damped = hessian + 0.1 * hessian.diagonal().mean() * torch.eye(D_IN, dtype=torch.float64)
+    upper = inverse_factor(hessian, 0.1)
+    assert torch.equal(upper, upper.triu())
+    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(D_IN, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+def test_a_singular_hessian_gets_more_damping_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    x = problem(n_tokens=30)[1]
+    with caplog.at_level(logging.WARNING):
+        upper = inverse_factor(gram(x).float(), 0.0)
+    assert torch.isfinite(upper).all()
+    assert "needed damping" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        inverse_factor(gram(x).float(), 0.01)
+    assert not caplog.text
+
+
+def test_a_hessian_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        inverse_factor(torch.full((3, 3), torch.nan), 0.01)
+    assert torch.isfinite(inverse_factor(torch.zeros(3, 3), 0.01)).all()
+
+
+def output_error(weight: torch.Tensor, fmt: Format, grid: Grid, codes: torch.Tensor, x: torch.Tensor) -> float:
+    dense = decode(fmt, payload(codes, grid)).double()
+    return float((x @ (dense - weight).T).square().sum() / (x @ weight.T).square().sum())
+
+
+@pytest.mark.parametrize("name", ["w4a16-g48-asym", "w3a16-g48", "w2a16-g16"])
+def test_less_output_error_and_more_weight_error_than_nearest(name: str) -> None:
+    fmt = parse_format(name)
+    weight, x = problem(n_tokens=5 * D_IN)
+    held_out = inputs(1000, D_IN, seed=99)
+    grid = minmax(weight, fmt)
+    plain = encode(weight, fmt, grid.scale, grid.offset)
+    codes = feedback(weight, gram(x), column_rounder(fmt, grid, D_IN, torch.float64), auto_damping(len(x), D_IN))
+    assert output_error(weight, fmt, grid, codes, held_out) < 0.8 * output_error(weight, fmt, grid, plain, held_out)
+    identity = torch.eye(D_IN, dtype=torch.float64)
+    assert output_error(weight, fmt, grid, codes, identity) > 1.05 * output_error(weight, fmt, grid, plain, identity)
+
+
+def test_auto_damping_follows_tokens_per_input() -> None:
+    assert auto_damping(0, 576) == auto_damping(100, 576) == 10.0
+    assert auto_damping(2048, 1536) == 3.0
+    assert auto_damping(8192, 1536) == pytest.approx(0.75)
+    assert auto_damping(10**6, 1536) == 0.01
+
+
+def heavy_tailed(n_tokens: int, d_in: int, seed: int) -> torch.Tensor:
+    """Inputs with a few strong directions in noise, and tokens of very unequal size: a Hessian that few tokens estimate badly."""
+    mixing = torch.randn(48, d_in, generator=torch.Generator().manual_seed(7), dtype=torch.float64) / 48**0.5
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n_tokens, 48, generator=generator, dtype=torch.float64) @ mixing
+    x += torch.randn(n_tokens, d_in, generator=generator, dtype=torch.float64)
+    return x * torch.randn(n_tokens, 1, generator=generator, dtype=torch.float64).exp()
+
+
+def test_auto_damping_beats_nearest_on_held_out_inputs_where_little_damping_loses() -> None:
+    d_in, n_tokens = 480, 520
+    fmt = parse_format("w4a16-g48-asym")
+    weight = problem(1, d_in)[0]
+    x, held_out = heavy_tailed(n_tokens, d_in, 1), heavy_tailed(2000, d_in, 99)
+    grid = minmax(weight, fmt)
+
+    def error(damping: float) -> float:
+        codes = feedback(weight, gram(x), column_rounder(fmt, grid, d_in, torch.float64), damping)
+        return output_error(weight, fmt, grid, codes, held_out)
+
+    plain = output_error(weight, fmt, grid, encode(weight, fmt, grid.scale, grid.offset), held_out)
+    assert error(0.01) > 1.1 * plain
+    assert error(auto_damping(n_tokens, d_in)) < 0.9 * plain

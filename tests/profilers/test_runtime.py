@@ -1,0 +1,297 @@
+"""Materialised models against the reference numerics, and whole-model timing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from methods.apply import Installer
+from methods.method import Edit
+from methods.model.describe import describe
+from profilers import attention, end_to_end
+from profilers.kernels.kernel import Prepared
+from profilers.kv_cache import new_cache
+from profilers.norms import KernelNorm
+from profilers.runtime import Chooser, FusedSite, KernelLinear, Runtime, RuntimeRefusal, dense_candidates, materialize
+from profilers.table import KernelKey, LatencyTable, Row
+from profilers.target import local_cpu
+from profilers.timer import Sample, Samples, Timing
+from profilers.workload import Workload
+from tests.edits import edits_of
+from tests.tiny import tiny_model, tiny_tokens
+
+TARGET = local_cpu(1)
+FP32 = replace(TARGET, compute_dtype="fp32")
+
+
+def _uniform(model: Any, structure: Any, fmt: str) -> dict[str, Edit]:
+    return edits_of(model, structure, {site.name: fmt for site in structure.sites})[1]
+
+
+def _logits(model: Any, tokens: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(input_ids=tokens).logits.float().clone()
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("arch", ("llama", "llama-untied", "gpt2", "opt", "gemma", "gemma2", "qwen3", "phi", "neox", "mixtral"))
+def test_dense_and_compressed_logits_are_the_references(arch: str) -> None:
+    model = tiny_model(arch)
+    structure = describe(model, "fp32")
+    tokens = tiny_tokens()
+    dense = materialize(model, structure, {}, FP32)
+    assert _error(_logits(dense, tokens), _logits(model, tokens)) < 1e-4
+    edits = _uniform(model, structure, "w4a16-g16-asym")
+    compressed = materialize(model, structure, edits, FP32)
+    with Installer(model, structure) as installer:
+        for site, edit in edits.items():
+            installer.install(site, edit)
+        expected = _logits(model, tokens)
+    assert _error(_logits(compressed, tokens), expected) < 1e-4
+    assert _error(expected, _logits(model, tokens)) > 1e-2
+
+
+@pytest.mark.parametrize("fmt", ("w8a8-token", "w4a8-g16-asym", "w2a8-g32"))
+def test_formats_with_int8_activations(fmt: str) -> None:
+    model = tiny_model("qwen2")
+    structure = describe(model)
+    edits = _uniform(model, structure, fmt)
+    tokens = tiny_tokens()
+    with Installer(model, structure) as installer:
+        for site, edit in edits.items():
+            installer.install(site, edit)
+        expected = _logits(model, tokens)
+    # A rounding tie that falls the other way moves an activation by a whole step.
+    assert _error(_logits(materialize(model, structure, edits, FP32), tokens), expected) < 2e-2
+    if TARGET.compute_dtype == "bf16":
+        assert _error(_logits(materialize(model, structure, edits, TARGET), tokens), expected) < 1e-1
+
+
+def test_mixed_policy_replaced_tensors_and_a_dense_rest() -> None:
+    model = tiny_model("llama")
+    structure = describe(model, "fp32")
+    first, norm = structure.sites[0], structure.sites[0].norm
+    assert norm is not None
+    _, edits = edits_of(model, structure, {first.name: "w8a16"})
+    gain = torch.full_like(model.get_parameter(f"{norm}.weight"), 0.5)
+    edits = {first.name: replace(edits[first.name], tensors={f"{norm}.weight": gain})}
+    tokens = tiny_tokens()
+    with Installer(model, structure) as installer:
+        installer.install(first.name, edits[first.name])
+        expected = _logits(model, tokens)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert _error(_logits(materialize(model, structure, edits, FP32), tokens), expected) < 1e-4
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_decoding_with_a_cache_is_the_same_as_reading_it_all() -> None:
+    model = tiny_model("llama")
+    structure = describe(model, "fp32")
+    runtime = Runtime(model, structure, FP32)
+    ours = runtime.materialize(_uniform(model, structure, "w4a16-g16"))
+    tokens = tiny_tokens(2, 20)
+    with torch.inference_mode():
+        cache = new_cache(ours)
+        parts = [ours(input_ids=piece, past_key_values=cache, use_cache=True).logits for piece in tokens.split([9, 1, 1, 9], 1)]
+    assert _error(torch.cat(parts, 1), _logits(ours, tokens)) < 1e-4
+    assert ours.config._attn_implementation == attention.NAME and model.config._attn_implementation == "sdpa"
+    assert sum(isinstance(module, KernelNorm) for module in ours.modules()) == 7
+
+
+@pytest.mark.parametrize("arch", ("mistral", "gemma3"))
+def test_sliding_windows_and_batches_decode_right(arch: str) -> None:
+    model = tiny_model(arch)
+    structure = describe(model, "fp32")
+    ours = materialize(model, structure, {}, FP32)
+    tokens = tiny_tokens(2, 16)
+    with torch.inference_mode():
+        cache = new_cache(ours)
+        parts = [
+            ours(input_ids=piece, past_key_values=cache, use_cache=True).logits
+            for piece in tokens.split([11, 1, 1, 1, 1, 1], 1)
+        ]
+    assert _error(torch.cat(parts, 1), _logits(model, tokens)) < 1e-4
+
+
+def test_generate_runs_and_agrees_with_the_model() -> None:
+    model = tiny_model("llama-untied")
+    ours = materialize(model, describe(model, "fp32"), {}, FP32)
+    tokens = tiny_tokens(2, 7)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens, **options)
+    assert torch.equal(ours.generate(tokens, **options), expected)
+    assert torch.equal(ours.generate(tokens, past_key_values=new_cache(ours), **options), expected)
+
+
+def test_beam_search_reorders_the_cache() -> None:
+    model = tiny_model("llama")
+    ours = materialize(model, describe(model, "fp32"), {}, FP32)
+    tokens = tiny_tokens(1, 7)
+    options = {"max_new_tokens": 10, "do_sample": False, "num_beams": 4, "pad_token_id": 0}
+    expected = model.generate(tokens, **options)
+    assert torch.equal(ours.generate(tokens, past_key_values=new_cache(ours), **options), expected)
+
+
+def test_padded_batches_use_their_mask() -> None:
+    model = tiny_model("llama")
+    ours = materialize(model, describe(model, "fp32"), {}, FP32)
+    tokens, mask = tiny_tokens(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "attention_mask": mask, "pad_token_id": 0}
+    assert torch.equal(ours.generate(tokens, **options), model.generate(tokens, **options))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("shape", ((1, 9, 3, 40, 64), (2, 6, 2, 17, 16), (3, 4, 4, 1, 80), (1, 2, 1, 33, 256)))
+def test_attention_against_torch(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    batch, heads, kv_heads, length, dim = shape
+    generator = torch.Generator().manual_seed(length)
+    q = 3 * torch.randn(batch, 1, heads, dim, generator=generator).to(dtype).transpose(1, 2)
+    k, v = (torch.randn(batch, kv_heads, length + 3, dim, generator=generator).to(dtype)[:, :, :length] for _ in range(2))
+    got = attention.attend(q, k, v, dim**-0.5).transpose(1, 2)
+    expected = nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
+    assert _error(got.double(), expected) < (4e-3 if dtype == torch.bfloat16 else 2e-6)
+
+
+def test_attention_that_is_not_plain_goes_to_torch() -> None:
+    q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 5, 16)
+    assert attention.fits(q, k, k, None, {"scaling": 0.1, "dropout": 0.0})
+    assert not attention.fits(q, k, k, torch.ones(1, 1, 1, 5), {})
+    assert not attention.fits(q.expand(1, 2, 3, 16), k, k, None, {})
+    assert not attention.fits(q, k, k, None, {"softcap": 30.0})
+    assert not attention.fits(q, k, k, None, {"dropout": 0.1})
+    assert not attention.fits(q[..., :8], k[..., :8], k[..., :8], None, {})
+
+
+class _Counted:
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.calls = weight, 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x @ self.weight.T
+
+
+def _site(rows: int = 32) -> tuple[FusedSite, _Counted, _Counted]:
+    weight = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
+    few, many = _Counted(weight), _Counted(weight)
+    casted: tuple[Prepared, Prepared] = (few, many)  # type: ignore[assignment]
+    return FusedSite(*casted, rows, [6, 4, 2]), few, many
+
+
+def test_a_fused_site_computes_once_for_one_input() -> None:
+    site, few, _ = _site()
+    layers = [KernelLinear(site, index, 5) for index in range(3)]
+    x, other = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    outputs = [layer(x) for layer in layers]
+    assert few.calls == 1
+    assert torch.equal(torch.cat(outputs, -1), x @ few.weight.T)
+    assert site._input is None
+    assert torch.equal(layers[0](other), (other @ few.weight.T)[..., :6]) and few.calls == 2
+    assert torch.equal(layers[0](other), (other @ few.weight.T)[..., :6]) and few.calls == 3
+
+
+def test_layers_with_different_inputs_are_right() -> None:
+    site, few, _ = _site()
+    layers = [KernelLinear(site, index, 5) for index in range(3)]
+    inputs = [torch.randn(2, 5) for _ in range(3)]
+    for layer, x, at in zip(layers, inputs, (slice(0, 6), slice(6, 10), slice(10, 12)), strict=True):
+        assert torch.equal(layer(x), (x @ few.weight.T)[:, at])
+    assert few.calls == 3
+
+
+def test_many_rows_take_the_other_kernel() -> None:
+    site, few, many = _site(rows=4)
+    site.run(torch.randn(2, 2, 5))
+    site.run(torch.randn(5, 5))
+    assert (few.calls, many.calls) == (1, 1)
+
+
+def test_the_table_chooses_the_kernel() -> None:
+    from methods.formats.format import parse_format
+
+    fmt, key = parse_format("bf16"), KernelKey("linear", "bf16", 1, 96, 64)
+    table = LatencyTable(TARGET.fingerprint, "here")
+    assert Chooser(TARGET, table)(fmt, 96, 64, 1).name == "dense-prepacked"
+    for name, ms in (("dense-prepacked", 2.0), ("dense", 1.0), ("gone", 0.5)):
+        table.add([Row(name, key, "ok", "hash", timing=Timing(ms, ms, ms, 5))])
+    assert Chooser(TARGET, table)(fmt, 96, 64, 1).name == "dense"
+    assert Chooser(TARGET)(parse_format("w4a8-g32"), 96, 64, 512).name == "decoded"
+    with pytest.raises(RuntimeRefusal, match="no kernel runs w4a8-g64 at n=96, k=96"):
+        Chooser(TARGET)(parse_format("w4a8-g64"), 96, 96, 1)
+
+
+def test_edits_that_do_not_fit_are_refused() -> None:
+    model = tiny_model("llama")
+    structure = describe(model)
+    site = structure.sites[0]
+    _, edits = edits_of(model, structure, {site.name: "w8a16"})
+    first = site.layers[0].name
+    with pytest.raises(RuntimeRefusal, match="compressed as a whole"):
+        materialize(model, structure, {site.name: Edit({first: edits[site.name].linears[first]})}, TARGET)
+    other = edits_of(model, structure, {site.name: "w4a16-g16"})[1][site.name].linears[first]
+    with pytest.raises(RuntimeRefusal, match="share one format"):
+        materialize(model, structure, {site.name: Edit({**edits[site.name].linears, first: other})}, TARGET)
+    with pytest.raises(KeyError, match="no site 'nowhere'"):
+        materialize(model, structure, {"nowhere": edits[site.name]}, TARGET)
+
+
+def test_models_share_what_they_have_in_common() -> None:
+    model = tiny_model("llama")
+    structure = describe(model)
+    runtime = Runtime(model, structure, TARGET)
+    _, edits = edits_of(model, structure, {structure.sites[0].name: "w8a16"})
+    one, two = runtime.materialize({}), runtime.materialize(edits)
+    assert one.get_input_embeddings().weight.data_ptr() == two.get_input_embeddings().weight.data_ptr()
+    assert one.lm_head.site is two.lm_head.site
+    sites = [site.layers[0].name for site in structure.sites[:2]]
+    shared = [one.get_submodule(name).site is two.get_submodule(name).site for name in sites]
+    assert shared == [False, True]
+
+
+@pytest.mark.parametrize("workload", (Workload("decode", batch=2, context=12), Workload("prefill", prompt=40)))
+def test_whole_models_are_timed_in_turns(workload: Workload) -> None:
+    model = tiny_model("llama")
+    structure = describe(model)
+    models = dense_candidates(model, structure, TARGET, None, workload)
+    models["small"] = materialize(model, structure, _uniform(model, structure, "w4a8-g16"), TARGET, None, workload)
+    found = end_to_end.measure(models, workload, TARGET, rounds=6, min_rounds=2)
+    assert set(found) == {"dense bf16", "eager fp32", "small"}
+    for measurement in found.values():
+        assert len(measurement.samples.all) == 6
+        assert measurement.lo_ms <= measurement.median_ms <= measurement.hi_ms
+    ratio = found["small"].ratio_to(found["dense bf16"])
+    assert 0 < ratio.lo <= ratio.mid <= ratio.hi
+    assert found["small"].ratio_to(found["small"]).mid == 1.0
+
+
+def test_a_decode_step_leaves_the_cache_as_it_was() -> None:
+    model = tiny_model("mistral")
+    ours = materialize(model, describe(model), {}, TARGET)
+    with torch.inference_mode():
+        step = end_to_end.Step(ours, Workload("decode", batch=2, context=12))
+        first = step()
+        assert step._cache.get_seq_length() == 13
+        step.reset()
+        assert step._cache.get_seq_length() == 12
+        assert torch.equal(step(), first)
+
+
+def test_ratios_are_paired_by_round() -> None:
+    def found(seconds: list[float], interrupted: list[bool]) -> end_to_end.Measurement:
+        samples = Samples([Sample(turn, s, s / 2, bad) for turn, (s, bad) in enumerate(zip(seconds, interrupted, strict=True))])
+        return end_to_end.Measurement(samples.timing(), samples, 0.0)
+
+    ours = found([1.0, 2.0, 30.0, 4.0], [False, False, True, False])
+    theirs = found([2.0, 4.0, 6.0, 8.0], [False] * 4)
+    assert ours.ratio_to(theirs).mid == pytest.approx(0.5)
+    robbed = found([10.0, 20.0, 30.0, 40.0], [True] * 4)
+    assert robbed.contended
+    assert robbed.ratio_to(theirs).mid == pytest.approx(5.0)

@@ -1,0 +1,172 @@
+"""The latency table: what it keeps, what it refuses, how it is filled."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from profilers import sweep
+from profilers.kernels.catalogue import KERNELS
+from profilers.kernels.dense import Dense, DenseLinear
+from profilers.table import KernelKey, LatencyTable, MissingCell, Row, TableError
+from profilers.target import TargetError, local_cpu, resolve, targets
+from profilers.timer import Timing
+
+TARGET = local_cpu(1)
+KEY = KernelKey("linear", "w4a8-g32", 1, 96, 64)
+
+
+def _row(kernel: str, ms: float, key: KernelKey = KEY) -> Row:
+    return Row(kernel, key, "ok", "hash", timing=Timing(ms, ms / 2, ms * 2, 9), size_bytes=7, cpu_ms=ms, load=0.5)
+
+
+def test_rows_survive_the_disk(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, TARGET)
+    rows = [_row("slow", 2.0), _row("fast", 1.0), Row("odd", KEY, "unsupported", "hash", "too odd")]
+    table.add(rows)
+    again = LatencyTable.open(tmp_path, TARGET)
+    assert {row.kernel: row for row in again.rows.values()}.keys() == {"slow", "fast", "odd"}
+    assert again.rows["slow", KEY].timing.median_ms == 2.0  # type: ignore[union-attr]
+    assert again.rows["odd", KEY] == rows[2]
+    assert again.best(KEY)[0] == "fast" and list(again.timings(KEY)) == ["fast", "slow"]
+    assert again.reasons(KEY) == {"odd": "too odd"}
+    assert list(again.keys()) == [KEY] and again.has(KEY)
+
+
+def test_the_latest_row_counts(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, TARGET)
+    table.add([_row("a", 2.0)])
+    table.add([_row("a", 3.0)])
+    assert LatencyTable.open(tmp_path, TARGET).best(KEY)[1].median_ms == 3.0
+
+
+def test_a_missing_cell_raises_with_what_is_known() -> None:
+    table = LatencyTable("f", "a machine")
+    with pytest.raises(MissingCell, match=r"no latency of w4a8-g32 at m=1, n=96, k=64 on a machine \(not measured\)"):
+        table.best(KEY)
+    table.add([Row("odd", KEY, "failed", "hash", "relative error 1.0")])
+    with pytest.raises(KeyError, match="odd: relative error"):
+        table.best(KEY)
+
+
+def test_a_torn_last_line_is_dropped_and_the_file_goes_on(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, TARGET)
+    table.add([_row("a", 1.0), _row("b", 2.0)])
+    assert table.path is not None
+    whole = table.path.read_text()
+    table.path.write_text(whole[:-30])
+    again = LatencyTable.open(tmp_path, TARGET)
+    assert [row.kernel for row in again.rows.values()] == ["a"]
+    again.add([_row("c", 3.0)])
+    assert [row.kernel for row in LatencyTable.open(tmp_path, TARGET).rows.values()] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (lambda header: {**header, "schema": 99}, "schema 99 is newer"),
+        (lambda header: {**header, "kind": "something"}, "not a latency table"),
+        (lambda header: {**header, "fingerprint": "0" * 16}, "another machine"),
+    ),
+)
+def test_foreign_headers_are_refused(tmp_path: Path, change, message: str) -> None:
+    path = LatencyTable.open(tmp_path, TARGET).path
+    assert path is not None
+    path.write_text(json.dumps(change(json.loads(path.read_text()))) + "\n")
+    with pytest.raises(TableError, match=message) as error:
+        LatencyTable.open(tmp_path, TARGET)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", ("{not json}", "[1]", '{"kernel": "a"}', '{"kernel": "a", "key": {"op": "linear"}}'))
+def test_a_broken_line_in_the_middle_is_refused(tmp_path: Path, line: str) -> None:
+    table = LatencyTable.open(tmp_path, TARGET)
+    table.add([_row("a", 1.0)])
+    assert table.path is not None
+    lines = table.path.read_text().splitlines()
+    table.path.write_text("\n".join([lines[0], line, lines[1]]) + "\n")
+    with pytest.raises(TableError, match="line 2"):
+        LatencyTable.open(tmp_path, TARGET)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / f"{TARGET.fingerprint}.jsonl"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(TableError):
+        LatencyTable.open(tmp_path, TARGET)
+
+
+def test_measure_fills_what_is_missing_and_nothing_else(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, TARGET)
+    keys = [replace(KEY, format=name) for name in ("w4a8-g32", "bf16", "w4a16-g64")]
+    seen: list[tuple[int, int]] = []
+    assert sweep.measure(TARGET, keys, table, lambda done, of: seen.append((done, of))) == []
+    assert seen == [(3, 3)]
+    assert all(table.has(key) for key in keys)
+    assert len(table.rows) == len(keys) * len(KERNELS)
+    assert table.best(keys[1])[0].startswith("dense")
+    row = table.rows["grouped", KEY]
+    assert row.timing is not None and row.timing.repeats > 0 and row.cold and row.size_bytes > 96 * 64 // 2
+    again = LatencyTable.open(tmp_path, TARGET)
+    assert again.missing(keys) == []
+    assert sweep.measure(TARGET, keys, again, lambda done, of: seen.append((done, of))) == [] and len(seen) == 1
+
+
+def test_rows_of_other_kernel_code_are_measured_again(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, TARGET)
+    sweep.measure(TARGET, [KEY], table)
+    table.add([replace(table.rows["grouped", KEY], source="old")])
+    assert table.missing([KEY]) == [KEY]
+
+
+def test_a_budget_leaves_the_rest_and_says_which() -> None:
+    table = LatencyTable(TARGET.fingerprint, "here")
+    assert sweep.measure(TARGET, [KEY], table, lock_folder=Path("/tmp"), budget_s=-1.0) == [KEY]
+
+
+def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def wrong(self: DenseLinear, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(x.shape[0], 96)
+
+    monkeypatch.setattr(DenseLinear, "__call__", wrong)
+    table = LatencyTable.open(tmp_path, TARGET)
+    key = replace(KEY, format="bf16")
+    sweep.measure(TARGET, [key], table)
+    row = table.rows[Dense().name, key]
+    assert row.status == "failed" and "relative error" in row.reason and row.timing is None
+    assert not table.has(key)
+
+
+def test_targets(tmp_path: Path) -> None:
+    assert resolve("cpu", tmp_path, threads=1) == TARGET
+    with pytest.raises(TargetError, match="unknown target 'abacus'; known targets: cpu, a100"):
+        resolve("abacus", tmp_path)
+    with pytest.raises(TargetError, match="no stored table"):
+        resolve("a100", tmp_path)
+    with pytest.raises(TargetError, match="threads=0"):
+        local_cpu(0)
+
+
+def test_a_stored_table_makes_an_absent_target(tmp_path: Path) -> None:
+    here = LatencyTable.open(tmp_path, TARGET)
+    here.add([_row("a", 1.0)])
+    assert here.path is not None
+    here.path.rename(tmp_path / "a100.jsonl")
+    there = resolve("a100", tmp_path)
+    assert not there.present and there.fingerprint == TARGET.fingerprint
+    assert [target.name for target in targets(tmp_path)] == ["cpu", "a100"]
+    assert LatencyTable.open(tmp_path / "elsewhere", there).best(KEY)[0] == "a"
+    with pytest.raises(ValueError, match="not here"):
+        sweep.measure(there, [KEY], LatencyTable.open(tmp_path, there))
+    (tmp_path / "h100.jsonl").write_text("{}\n")
+    with pytest.raises(TargetError, match="not a latency table"):
+        resolve("h100", tmp_path)
+
+
+def test_threads_change_the_fingerprint() -> None:
+    assert local_cpu(1).fingerprint != local_cpu(2).fingerprint
+    assert local_cpu(1) == TARGET

@@ -1,0 +1,109 @@
+"""Roles, sources and token sequences."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from search.data import (
+    DataError,
+    parse_sources,
+    read_documents,
+    remove_shared_lines,
+    roles_from_text,
+    split_documents,
+    tokenize,
+)
+
+SHARES = {"calibrate": 4, "search": 2, "validate": 2, "report": 2}
+
+
+class WordTokenizer:
+    """One id a word; optionally a beginning-of-sequence id."""
+
+    def __init__(self, bos: int | None = None) -> None:
+        self.bos_token_id = bos
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        ids = [len(word) for word in text.split()]
+        return {"input_ids": [self.bos_token_id, *ids] if self.bos_token_id is not None and add_special_tokens else ids}
+
+
+def test_one_source_serves_all_roles_and_roles_may_differ() -> None:
+    assert parse_sources(["a.txt"]) == dict.fromkeys(SHARES, "a.txt")
+    assert parse_sources(["a.txt", "report=b.txt"]) == {**dict.fromkeys(SHARES, "a.txt"), "report": "b.txt"}
+    assert parse_sources([]) == {}
+
+
+@pytest.mark.parametrize("specs", [["a", "b"], ["calibrate=a"], ["report=a", "report=b", "c"]])
+def test_unclear_sources_are_refused(specs: list[str]) -> None:
+    with pytest.raises(DataError):
+        parse_sources(specs)
+
+
+def test_roles_are_disjoint_and_in_proportion() -> None:
+    documents = [f"document {i} " + "x" * 300 for i in range(200)]
+    parts = split_documents(documents, SHARES, seed=3)
+    assert sorted(d for part in parts.values() for d in part) == sorted(documents)
+    sizes = {role: sum(map(len, part)) for role, part in parts.items()}
+    assert sizes["calibrate"] == pytest.approx(2 * sizes["report"], rel=0.3)
+    assert parts == split_documents(documents, SHARES, seed=3)
+
+
+def test_one_long_text_is_cut_at_blank_lines() -> None:
+    text = "\n\n".join(f"paragraph {i} " + "word " * 40 for i in range(400))
+    parts = split_documents([text], SHARES, seed=0)
+    assert all(parts.values())
+    assert not set(parts["calibrate"]) & set(parts["report"])
+
+
+def test_lines_that_the_report_has_are_taken_from_the_other_roles() -> None:
+    line = "this very long line stands in two corpora, word by word, and must not be calibrated on"
+    texts = {"calibrate": [f"own\n{line}\nmore"], "report": [line]}
+    cleaned = remove_shared_lines(texts)
+    assert cleaned == {"calibrate": ["own\nmore"], "report": [line]}
+
+
+def test_sequences_start_with_bos_where_the_tokenizer_adds_it() -> None:
+    plain = tokenize(["a bb ccc dddd eeeee ffffff"], WordTokenizer(), 2, 3)
+    assert plain.tolist() == [[1, 2, 3], [4, 5, 6]]
+    with_bos = tokenize(["a bb ccc dddd"], WordTokenizer(bos=99), 2, 3)
+    assert with_bos.tolist() == [[99, 1, 2], [99, 3, 4]]
+
+
+def test_too_short_a_text_says_how_much_is_there(tmp_path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("one two three\n\n" * 20)
+    with pytest.raises(DataError, match=r"short.txt \(\w+\): the text is too short: \d+ tokens where \d+ are needed"):
+        roles_from_text(dict.fromkeys(SHARES, str(path)), WordTokenizer(), dict.fromkeys(SHARES, 4), 32, seed=0)
+
+
+def test_formats_of_files(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("plain")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "one"}) + "\n" + json.dumps({"text": "two"}) + "\n")
+    pd.DataFrame({"text": ["p", "q"]}).to_parquet(tmp_path / "c.parquet")
+    assert read_documents(str(tmp_path)) == ["plain", "one", "two", "p", "q"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b"{broken", "not JSON lines"),
+        ("x.parquet", b"nonsense", "cannot be read"),
+        ("x.txt", b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_documents(str(tmp_path / name))
+
+
+def test_corpora_carry_hashes_of_their_tokens(tmp_path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("\n\n".join(f"paragraph {i} " + " ".join(f"w{'o' * (i % 7)}rd" for _ in range(60)) for i in range(200)))
+    corpora = roles_from_text(dict.fromkeys(SHARES, str(path)), WordTokenizer(), dict.fromkeys(SHARES, 4), 32, seed=0)
+    assert {c.sha256 for c in corpora.values()} == {c.sha256 for c in corpora.values() if len(c.sha256) == 16}
+    assert len({c.sha256 for c in corpora.values()}) == 4
+    assert all(c.tokens.shape == torch.Size([4, 32]) and not c.generated for c in corpora.values())

@@ -1,0 +1,266 @@
+"""The report: what it says, that it is self-contained, and that nothing from outside gets in unescaped."""
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from methods.policy import Decision, Policy
+from predictors.intervals import Interval
+from predictors.loss import PredictorReport
+from search.frontier import Candidate, Fidelity, MixedKnowledge
+from search.report.content import DataUse, Entry, Guard, LatencyFit, LayerMap, Objective, ReportData, answer, layer_map
+from search.report.page import page, write_page
+from search.report.picture import draw, write_picture
+from search.report.table import Column, Table, candidate_table, predicted_table
+
+EVIL = '<script>alert("x")</script>&'
+W4 = Decision.of("gptq", format="w4a8-g64")
+W8 = Decision.of("rtn", format="w8a8-token")
+SITES = [(f"{block}.{kind}", kind, block) for block in range(3) for kind in ("q+k+v", "down")]
+POLICY = Policy({"0.q+k+v": (W4,), "1.down": (W8,), "2.down": (W4,)})
+
+
+def candidate(name: str, kl: float, latency: float, **other: Any) -> Candidate:
+    fields: dict[str, Any] = {
+        "policy": POLICY,
+        "fidelity": Fidelity.MEASURED,
+        "kl_stderr": 0.01,
+        "latency_lo": latency - 0.1,
+        "latency_hi": latency + 0.1,
+        "size_bytes": int(latency * 2**20),
+        "role": "report",
+        "latency_label": "measured",
+    }
+    return Candidate(name=name, kl=kl, latency_ms=latency, **{**fields, **other})
+
+
+def predicted(kl: float, latency: float) -> Candidate:
+    unknown = {"fidelity": Fidelity.PREDICTED, "kl_stderr": 0.0, "role": "", "latency_label": "modelled"}
+    return candidate(f"solved {latency}", kl, latency, **unknown)
+
+
+def data(**other: Any) -> ReportData:
+    fields: dict[str, Any] = {
+        "study": "s",
+        "model": f"tiny {EVIL}",
+        "target": "cpu",
+        "objective": Objective("0.6x", 6.0, "ms per output token", "decode:batch=1,context=8"),
+        "verdict": "met",
+        "measured": (
+            Entry(candidate("dense", 0.0, 10.0, kl_stderr=0.0, scores={"perplexity": 20.0}), "dense"),
+            Entry(candidate("the mix", 0.123, 5.5, scores={"perplexity": 22.5}), "chosen"),
+            Entry(candidate("other mix", 0.3, 5.0), "search"),
+            Entry(candidate(f"uniform {EVIL}", 0.4, 5.7), "baseline"),
+        ),
+        "predicted": (predicted(0.5, 4.0), predicted(0.1, 7.0)),
+        "layer_map": layer_map(POLICY, SITES, "bf16"),
+        "guard": Guard(True, "uniform w4", Interval(-0.2, -0.3, -0.1), 12),
+        "latency_fit": LatencyFit("T = 1.2 + 1.1 · kernels", 12, 0.01, 0.025, 0.9),
+        "predictor": PredictorReport(40, 0.97, 0.95, None, 0, 0.08, 0.925, 0.9, ("lightgbm", "affine")),
+        "shadow_price": 0.021,
+        "data": (DataUse("report", f"text {EVIL}", 4096, "abcd"),),
+        "cost": (("policies", "40"),),
+        "provenance": (("device", EVIL),),
+        "notes": (f"contended {EVIL}",),
+    }
+    return ReportData(**{**fields, **other})
+
+
+class Reader(HTMLParser):
+    """Collects tags, attributes and text, and checks that tags are balanced."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.stack.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.stack:
+            self.words += data + "\n"
+
+
+@pytest.fixture(scope="module")
+def reader() -> Reader:
+    return Reader(page(data()))
+
+
+def test_the_page_is_whole_and_self_contained(reader: Reader) -> None:
+    assert reader.stack == []
+    names = {tag for tag, _ in reader.tags}
+    assert not names & {"script", "link", "iframe", "object"}
+    for _, attributes in reader.tags:
+        assert "href" not in attributes
+        assert not any(name.startswith("on") for name in attributes)
+        assert (attributes.get("src") or "data:image/png;base64,").startswith("data:image/png;base64,")
+    assert not re.search(r"https?://|@import|url\(", page(data()))
+
+
+def test_what_comes_from_outside_is_escaped(reader: Reader) -> None:
+    text = page(data())
+    assert EVIL not in text and "<script" not in text
+    assert reader.words.count(EVIL) >= 5
+
+
+def test_the_page_says_all(reader: Reader) -> None:
+    for words in (
+        "The objective is met",
+        "at most 6 ms per output token (0.6x the dense model)",
+        "perplexity goes from 20.00 to 22.50",
+        "The search wins beyond the noise",
+        "Predicted, not measured",
+        "Nobody has run these",
+        "leave-one-out error 1.0% on average",
+        "rank correlation 0.97 overall, not known inside",
+        "KL, measured (nats/token)",
+        "KL, predicted (nats/token)",
+        "4,096",
+    ):
+        assert words in reader.words, words
+    measured, separate = reader.words.split("Predicted, not measured")
+    assert "solved 4.0" in separate and "solved" not in measured
+
+
+def test_the_map_shows_every_site(reader: Reader) -> None:
+    titles = [attributes["title"] for tag, attributes in reader.tags if tag == "td" and "title" in attributes]
+    assert titles == [
+        "block 0: w4a8-g64",
+        "block 1: bf16",
+        "block 2: bf16",
+        "block 0: bf16",
+        "block 1: w8a8-token",
+        "block 2: w4a8-g64",
+    ]
+    assert "w4a8-g64 (2)" in reader.words and "bf16 (3)" in reader.words
+    colours = {
+        str(attributes["title"]).split(": ")[1]: attributes["style"]
+        for tag, attributes in reader.tags
+        if tag == "td" and "title" in attributes
+    }
+    assert len(set(colours.values())) == 3
+    text = page(data(layer_map=LayerMap(("o",), 2, {"o": {1: "lowrank"}})))
+    assert "lowrank (1)" in text and 'class="none"' in text
+
+
+def test_other_verdicts() -> None:
+    measured = tuple(entry for entry in data().measured if entry.group != "chosen")
+    text = page(data(verdict="not met", measured=measured, guard=None, predicted=(), predictor=None, latency_fit=None, data=()))
+    assert "The objective is not met" in text and "the fastest, other mix, takes 5 ms [4.9, 5.1]" in text
+    assert "No text was used" in text and "No loss predictor was evaluated" in text and "Predicted, not measured" not in text
+    assert "Not validated" in page(data(verdict="unvalidated"))
+    lost = Guard(False, "uniform w4", Interval(0.0, -0.1, 0.1), 3)
+    assert "does not win beyond the noise" in " ".join(answer(data(guard=lost)))
+    assert "none to compare" in " ".join(answer(data(guard=Guard(False, "", None, 0))))
+
+
+def test_no_perplexity_without_a_reason() -> None:
+    bare = tuple(replace(entry, candidate=replace(entry.candidate, scores={})) for entry in data().measured)
+    text = " ".join(answer(data(measured=bare, perplexity_note="text generated by the model")))
+    assert "perplexity is not reported: text generated by the model" in text
+    assert "perplexity" not in candidate_table(bare).text()
+
+
+def test_measured_and_predicted_do_not_mix() -> None:
+    entries = data().measured
+    with pytest.raises(ValueError, match="never mixed"):
+        data(predicted=(entries[2].candidate,))
+    with pytest.raises(ValueError, match="never mixed"):
+        data(measured=(*entries, Entry(predicted(0.1, 3.0), "search")))
+    with pytest.raises(MixedKnowledge):
+        candidate_table([*entries, Entry(predicted(0.1, 3.0), "search")])
+
+
+def test_one_dense_and_one_answer() -> None:
+    entries = data().measured
+    with pytest.raises(ValueError, match="one dense entry"):
+        data(measured=entries[1:])
+    with pytest.raises(ValueError, match="one dense entry"):
+        data(measured=(*entries, entries[1]))
+    with pytest.raises(ValueError, match="needs a chosen"):
+        data(measured=(entries[0], entries[2]))
+
+
+@pytest.mark.parametrize(("format", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_the_picture_is_written_and_repeats(format: str, start: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "new" / f"frontier.{format}"
+    write_picture(data(), path)
+    assert path.read_bytes().startswith(start) and path.stat().st_size > 10_000
+    with pytest.raises(ValueError, match=r"\.png or \.svg"):
+        write_picture(data(), tmp_path / "frontier.pdf")
+
+
+def test_the_picture_shows_what_it_is_given() -> None:
+    whole = draw(data())
+    assert whole == draw(data())
+    changed = [
+        data(predicted=(predicted(0.5, 4.0), predicted(0.1, 5.0), predicted(0.1, 7.0))),
+        data(objective=Objective("5ms", 5.2, "ms per output token", "decode:batch=1,context=8")),
+        data(measured=data().measured[:3]),
+        data(measured=(*data().measured, Entry(candidate("tiny", 0.001, 9.0), "search"))),
+    ]
+    assert len({whole, *map(draw, changed)}) == 5
+
+
+def test_drawing_leaves_matplotlib_as_it_was() -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    draw(data())
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_the_page_is_written(tmp_path: Path) -> None:
+    write_page(data(), tmp_path / "new" / "report.html")
+    assert (tmp_path / "new" / "report.html").read_text(encoding="utf-8") == page(data())
+
+
+def test_tables_align_and_keep_full_precision() -> None:
+    columns = (
+        Column("name", "policy"),
+        Column("t", "latency", "ms", 3),
+        Column("size", "size", "MiB", divisor=2**20),
+        Column("ok", "met"),
+    )
+    rows = (
+        {"name": "a", "t": Interval(5.0, 4.5, 5.25), "size": 3 * 2**20, "ok": True},
+        {"name": "longer", "t": None, "size": 2**19, "ok": False},
+    )
+    table = Table(columns, rows)
+    assert table.text().splitlines() == [
+        "policy       latency (ms)  size (MiB)  met",
+        "──────  ─────────────────  ──────────  ───",
+        "a       5.00 [4.50, 5.25]       3.000  yes",
+        "longer                  –      0.5000  no",
+    ]
+    assert json.loads(json.dumps(table.json()))[0] == {
+        "name": "a",
+        "t": {"mean": 5.0, "lo": 4.5, "hi": 5.25},
+        "size": 3 * 2**20,
+        "ok": True,
+    }
+    with pytest.raises(ValueError, match="lacks"):
+        Table(columns, ({"name": "a"},))
+
+
+def test_candidate_tables() -> None:
+    lines = candidate_table(data().measured).text().splitlines()
+    assert "latency, measured (ms)" in lines[0] and "KL, measured (nats/token)" in lines[0] and "perplexity" in lines[0]
+    assert [line.split()[0] for line in lines[2:]] == ["other", "the", "uniform", "dense"]
+    assert "measured, report" in lines[2]
+    row = predicted_table(data().predicted).json()[0]
+    assert row["kl_stderr"] is None and row["label"] == "predicted" and row["size_bytes"] == 4 * 2**20

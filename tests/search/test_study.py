@@ -1,0 +1,157 @@
+"""The store: killed, resumed, shared, and refused to strangers."""
+
+import logging
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from methods.policy import Decision, Policy
+from search.study import ForeignStudy, Store, TrialRecord
+
+CONTEXT = {"model": "f00d", "target": "cpu", "batch": 1}
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def trial(k: int, **other: Any) -> TrialRecord:
+    policy = Policy({f"site{i}": (Decision.of("rtn", format=f"w{4 if (i + k) % 3 else 8}a16-g64", k=k),) for i in range(6)})
+    fields: dict[str, Any] = {"kl": 0.1 + k, "kl_stderr": 0.01, "n_tokens": 1024, "latency_ms": 5.0 + k, "role": "search"}
+    return TrialRecord(policy, **{**fields, **other})
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    store = Store(tmp_path / "deep" / "study.db", "s", CONTEXT)
+    full = trial(0, per_sequence=(0.1, 0.25), scores={"perplexity": 20.5}, name="refine", seconds=1.5, latency_label="measured")
+    broken = trial(1, kl=float("inf"))
+    assert store.record(full) and store.record(broken)
+    again = Store(tmp_path / "deep" / "study.db", "s", CONTEXT)
+    assert again.records() == [full, broken]
+    assert again.lookup(full.policy.key(), 1024, "search") == full
+
+
+def test_the_same_evaluation_is_written_once(tmp_path: Path) -> None:
+    store = Store(tmp_path / "study.db", "s", CONTEXT)
+    assert store.record(trial(0))
+    assert not store.record(trial(0, kl=9.0))
+    assert store.record(trial(0, n_tokens=2048))
+    assert store.record(trial(0, role="validate"))
+    assert store.lookup(trial(0).policy.key(), 4096, "search") is None
+    assert [r.kl for r in store.records()] == [0.1] * 3
+
+
+def test_two_stores_see_each_other(tmp_path: Path) -> None:
+    first = Store(tmp_path / "study.db", "s", CONTEXT)
+    second = Store(tmp_path / "study.db", "s", CONTEXT)
+    assert first.records() == []
+    assert second.record(trial(3))
+    assert first.lookup(trial(3).policy.key(), 1024, "search") == trial(3)
+    assert not first.record(trial(3))
+
+
+def test_a_duplicate_of_a_race_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (Store(tmp_path / "study.db", "s", CONTEXT) for _ in range(2))
+    monkeypatch.setattr(second, "lookup", lambda *_: None)  # it looked before the first one wrote
+    assert first.record(trial(0))
+    assert second.record(trial(0, kl=7.0))
+    assert [r.kl for r in Store(tmp_path / "study.db", "s", CONTEXT).records()] == [0.1]
+
+
+@pytest.mark.parametrize(
+    ("context", "key"),
+    [({**CONTEXT, "model": "beef"}, "model"), ({**CONTEXT, "seed": 1}, "seed"), ({"model": "f00d"}, "target")],
+)
+def test_another_study_is_refused(tmp_path: Path, context: dict[str, Any], key: str) -> None:
+    Store(tmp_path / "study.db", "s", CONTEXT).record(trial(0))
+    with pytest.raises(ForeignStudy, match=f"{key} is"):
+        Store(tmp_path / "study.db", "s", context)
+    assert Store(tmp_path / "study.db", "another", context).records() == []
+    assert len(Store(tmp_path / "study.db", "s", CONTEXT).records()) == 1
+
+
+def test_files_that_are_no_study(tmp_path: Path) -> None:
+    (tmp_path / "study.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(ValueError, match="cannot be opened"):
+        Store(tmp_path / "study.db", "s", CONTEXT)
+    url = f"sqlite:///{tmp_path / 'other.db'}"
+    foreign = optuna.create_study(storage=url, study_name="s", directions=["minimize", "minimize"])
+    foreign.add_trial(optuna.trial.create_trial(values=[1.0, 2.0]))
+    with pytest.raises(ForeignStudy, match="not made by this program"):
+        Store(url, "s", CONTEXT)
+
+
+def test_optunas_own_tools_see_the_trials(tmp_path: Path) -> None:
+    store = Store(f"sqlite:///{tmp_path / 'study.db'}", "s", CONTEXT)
+    store.record(trial(0))
+    study = optuna.load_study(storage=f"sqlite:///{tmp_path / 'study.db'}", study_name="s")
+    (read,) = study.trials
+    assert read.values == [0.1, 5.0]
+    assert read.params == {"share w4a16-g64": pytest.approx(4 / 6), "share w8a16-g64": pytest.approx(2 / 6)}
+
+
+def test_logging_is_left_as_it_was(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    listener.emit = said.append  # type: ignore[method-assign]
+    logger = logging.getLogger("optuna")
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    logger.addHandler(listener)
+    try:
+        Store(tmp_path / "study.db", "s", CONTEXT).record(trial(0))
+        assert optuna.logging.get_verbosity() == optuna.logging.INFO
+    finally:
+        logger.removeHandler(listener)
+        optuna.logging.set_verbosity(before)
+    assert said == []
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("other", [{"kl": float("nan")}, {"latency_ms": float("inf")}, {"n_tokens": 0}, {"role": ""}])
+def test_bad_trials_are_refused(other: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="trial of"):
+        trial(0, **other)
+
+
+def writer(path: Path, first: int, n: int) -> subprocess.Popen[str]:
+    """Another process that writes `n` trials and says so after each."""
+    code = f"""
+        import importlib.util
+        from pathlib import Path
+        spec = importlib.util.spec_from_file_location("t", {str(Path(__file__))!r})
+        t = importlib.util.module_from_spec(spec); spec.loader.exec_module(t)
+        store = t.Store(Path({str(path)!r}), "s", t.CONTEXT)
+        for k in range({first}, {first + n}):
+            store.record(t.trial(k)); print(k, flush=True)
+    """
+    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+
+def test_killed_in_the_middle_and_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    process = writer(path, 0, 10_000)
+    assert process.stdout is not None
+    said = [int(process.stdout.readline()) for _ in range(5)]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    found = Store(path, "s", CONTEXT).records()
+    assert len(found) >= len(said)
+    assert found == [trial(k) for k in range(len(found))]
+    store = Store(path, "s", CONTEXT)
+    assert not store.record(trial(0)) and store.record(trial(len(found)))
+
+
+def test_processes_share_a_new_store(tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    processes = [writer(path, first, 6) for first in (0, 3)]
+    assert [process.wait() for process in processes] == [0, 0]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.close()
+    found = Store(path, "s", CONTEXT).records()
+    assert sorted(record.latency_ms for record in found) == [5.0 + k for k in range(9)]

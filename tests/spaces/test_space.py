@@ -1,0 +1,142 @@
+"""Spaces hold what can run and say what was dropped; runtimes refuse with the reason that matters."""
+
+import pytest
+
+from methods import catalogue
+from methods.formats.format import Format, parse_format
+from methods.model.structure import LayerSpec, Site, Structure
+from methods.policy import DENSE, Decision
+from spaces.runtimes import DEFAULT_FORMATS, RUNTIMES, runtime
+from spaces.space import build
+
+
+def _site(name: str, d_in: int, d_out: int = 80, kind: str = "o", transposed: bool = False, n: int = 1) -> Site:
+    layers = tuple(LayerSpec(f"{name}.{i}", kind, 0, d_in, d_out, transposed=transposed) for i in range(n))
+    return Site(name, kind, 0, layers, norm="norm" if kind == "qkv" else None)
+
+
+def _structure(*sites: Site) -> Structure:
+    return Structure("Tiny", ("b.0",), sites, "head", "embed", True, 96, 128, 6, 3, 16, "bf16", 10**6)
+
+
+def anything(fmt: Format, site: Site) -> str | None:
+    return None
+
+
+QKV, DOWN = _site("qkv", 192, kind="qkv", n=3), _site("down", 160)
+
+
+def test_choices_are_priced_with_their_scales() -> None:
+    space = build(
+        _structure(QKV, DOWN), ["bf16", "w4a8-g32-asym", "w8a8-token"], ["rtn", "gptq"], runtime("isolatency"), anything
+    )
+    labels = [choice.decision.label for choice in space.choices["qkv"]]
+    assert labels == [
+        "none",
+        "rtn:format=w4a8-g32-asym",
+        "gptq:format=w4a8-g32-asym",
+        "rtn:format=w8a8-token",
+        "gptq:format=w8a8-token",
+    ]
+    dense, four = space.choices["qkv"][:2]
+    n_weights = 3 * 192 * 80
+    assert (dense.decision, dense.bits_per_weight, dense.size_bytes) == (DENSE, 16.0, n_weights * 2)
+    assert four.bits_per_weight == 4 + 32 / 32
+    assert four.size_bytes == n_weights // 2 + (n_weights // 32) * 4
+    assert space.choice("qkv", four.decision) == four
+    assert not space.dropped and not space.notes
+    assert space.size_log10 == pytest.approx(1.39794)
+
+
+def test_a_group_that_does_not_divide_is_replaced_and_noted() -> None:
+    odd = _site("odd", 100)
+    space = build(_structure(QKV, DOWN, odd), ["w4a8-g64-asym", "w4a8-g32-asym"], ["rtn"], runtime("isolatency"), anything)
+    formats = {site: [choice.format.name for choice in choices[1:]] for site, choices in space.choices.items()}
+    assert formats == {
+        "qkv": ["w4a8-g64-asym", "w4a8-g32-asym"],
+        "down": ["w4a8-g32-asym"],
+        "odd": ["w4a8-token-asym"],
+    }
+    assert "w4a8-g64-asym -> w4a8-g32-asym where it does not divide 160 inputs: down" in space.notes
+    assert "w4a8-g64-asym -> w4a8-token-asym where it does not divide 100 inputs: odd" in space.notes
+
+
+def test_the_replacement_is_a_smaller_group() -> None:
+    space = build(_structure(_site("x", 256)), ["w4a16-g48"], ["rtn"], runtime("isolatency"), anything)
+    assert [choice.format.name for choice in space.choices["x"]] == ["bf16", "w4a16-g32"]
+
+
+def test_the_replacement_is_one_that_runs() -> None:
+    def no_small_groups(fmt: Format, site: Site) -> str | None:
+        return "too small" if 0 < fmt.group < 64 else None
+
+    space = build(_structure(QKV, DOWN), ["w4a16-g64"], ["rtn"], runtime("isolatency"), no_small_groups)
+    assert [choice.format.name for choice in space.choices["down"]] == ["bf16", "w4a16"]
+
+
+def test_what_is_dropped_says_why() -> None:
+    def kernels(fmt: Format, site: Site) -> str | None:
+        return "no kernel for 3 bits" if fmt.bits == 3 else None
+
+    space = build(_structure(QKV, DOWN), ["w4a16-g32", "w3a16-g32"], ["rtn", "awq"], runtime("isolatency"), kernels)
+    assert len(space.choices["qkv"]) == 3
+    assert space.dropped["qkv"] == {"w3a16-g32": "no kernel for 3 bits"}
+    assert set(space.dropped["down"]) == {"w3a16-g32", "awq:format=w4a16-g32"}
+    with pytest.raises(KeyError, match="no kernel for 3 bits"):
+        space.choice("down", Decision.of("rtn", format="w3a16-g32"))
+    with pytest.raises(KeyError, match="choices are none, rtn"):
+        space.choice("down", Decision.of("rtn", format="w8a16"))
+    text = space.describe()
+    assert "2 sites, 5 choices" in text
+    assert "not at 2 sites like qkv: w3a16-g32: no kernel for 3 bits" in text
+    assert "not at down: awq:format=w4a16-g32: awq: down follows no norm" in text
+
+
+def test_a_site_with_nothing_but_dense_is_fine_and_a_model_without_choices_is_not() -> None:
+    conv = _site("conv", 192, transposed=True)
+    space = build(_structure(QKV, conv), DEFAULT_FORMATS["vllm"], ["rtn"], runtime("vllm"), anything)
+    assert [choice.decision for choice in space.choices["conv"]] == [DENSE]
+    with pytest.raises(ValueError, match=r"runtime 'vllm'.*stored transposed"):
+        build(_structure(conv), DEFAULT_FORMATS["vllm"], ["rtn"], runtime("vllm"), anything)
+    with pytest.raises(ValueError, match="name no compression"):
+        build(_structure(QKV), ["bf16"], ["rtn"], runtime("isolatency"), anything)
+    with pytest.raises(ValueError, match="Tiny has experts"):
+        build(_structure(QKV, _site("x", 192, kind="expert_down")), ["w8a16"], ["rtn"], runtime("vllm"), anything)
+    with pytest.raises(ValueError, match="did you mean gptq"):
+        build(_structure(QKV), ["w8a16"], ["gptw"], runtime("isolatency"), anything)
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt", "site", "reason"),
+    [
+        ("vllm", "w4a16-g64", QKV, None),
+        ("vllm", "w8a16", QKV, None),
+        ("vllm", "w8a8-token", QKV, None),
+        ("vllm", "bf16", _site("x", 100, transposed=True), None),
+        ("vllm", "w4a16-g64-asym", QKV, "vllm: only symmetric grids"),
+        ("vllm", "w3a16-g64", QKV, "vllm: 3-bit weights with 16 activations are not among its kernels"),
+        ("vllm", "w4a8-g64", QKV, "vllm: 4-bit weights with 8-group activations are not among its kernels"),
+        ("vllm", "w4a16-g96", QKV, "vllm: group 96 is not one of channel, 32, 64, 128"),
+        ("vllm", "w8a8-token-g64", QKV, "vllm: group 64 is not one of channel"),
+        ("vllm", "w4a16-g128", QKV, "group 128 does not divide 192 inputs"),
+        ("vllm", "w8a8-token", _site("x", 100), "vllm: 100 inputs and 80 outputs have to be multiples of 16"),
+        ("vllm", "w4a16", _site("x", 192, kind="expert_down"), "vllm gets no models with experts from here"),
+        ("vllm-cpu", "w8a16", QKV, "vllm-cpu: 8-bit weights with 16 activations are not among its kernels"),
+        ("isolatency", "w2a8-g16-asym", _site("x", 176, transposed=True), None),
+    ],
+)
+def test_runtimes_say_what_they_cannot_run(name: str, fmt: str, site: Site, reason: str | None) -> None:
+    assert runtime(name).supports(parse_format(fmt), site) == reason
+
+
+def test_default_formats_are_what_their_runtime_runs() -> None:
+    site = _site("x", 256, 512)
+    assert set(DEFAULT_FORMATS) == set(RUNTIMES)
+    for name, formats in DEFAULT_FORMATS.items():
+        assert [runtime(name).supports(parse_format(fmt), site) for fmt in formats] == [None] * len(formats)
+        assert all(catalogue.refuses(site, Decision.of("rtn", format=fmt)) is None for fmt in formats)
+
+
+def test_an_unknown_runtime_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown runtime 'llama\.cpp'; use one of isolatency, transformers, vllm"):
+        runtime("llama.cpp")
