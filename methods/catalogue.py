@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from methods.method import Edit, Need, Plan, SiteView
@@ -32,8 +32,8 @@ def method(name: str) -> Recipe:
     if name in METHODS:
         return METHODS[name]
     near = difflib.get_close_matches(name, METHODS, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"no method {name!r}{hint} There are {', '.join(METHODS)}")
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise ValueError(f"no method {name!r}{hint}; there are {', '.join(METHODS)}")
 
 
 def refuses(site: Site, decision: Decision) -> str | None:
@@ -54,3 +54,15 @@ def needs(decisions: Iterable[Decision]) -> frozenset[Need]:
 def apply(view: SiteView, stats: Mapping[str, Stats], decision: Decision) -> Edit:
     """What a decision does to a site; `stats` by layer name, those of layers that share an input being one object."""
     return method(decision.method).apply(view, stats, dict(decision.knobs))
+
+
+def apply_many(view: SiteView, stats: Mapping[str, Stats], decisions: Sequence[Decision]) -> list[Edit]:
+    """What each of several decisions does to a site, equal to `apply` of each; decisions of one method share their work."""
+    by_method: dict[str, list[int]] = {}
+    for index, decision in enumerate(decisions):
+        by_method.setdefault(decision.method, []).append(index)
+    edits: dict[int, Edit] = {}
+    for name, indices in by_method.items():
+        settings = [dict(decisions[index].knobs) for index in indices]
+        edits.update(zip(indices, method(name).apply_many(view, stats, settings), strict=True))
+    return [edits[index] for index in range(len(decisions))]

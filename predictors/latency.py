@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -134,6 +134,21 @@ class LatencyModel:
             else:
                 high = middle
         return low
+
+    def collapsed(self) -> tuple[LatencyModel, dict[str, float]]:
+        """The same map in one number, where every feature is a part of the kernel sum, and by how much to scale each part for it.
+
+        `T = b0 + b1 * sum + c * part` is `b0 + b1 * (sum + c / b1 * part)`: an additive cost, which solvers need. Residuals stay those
+        of the full fit. Raises ValueError where a part would cost less than nothing.
+        """
+        scales = {name: 1 + value / self.b1 for name, value in self.terms}
+        if any(scale <= 0 for scale in scales.values()):
+            raise ValueError(f"latency model: scales {scales} are not positive; time the kernels again, undisturbed")
+        runs = tuple(
+            replace(run, sum_ms=run.sum_ms + sum((scales[name] - 1) * run.features[name] for name in scales), features={})
+            for run in self.runs
+        )
+        return replace(self, terms=(), runs=runs), scales
 
     def _row(self, sum_ms: float, features: Mapping[str, float]) -> Floats:
         missing = [name for name, _ in self.terms if name not in features]

@@ -140,7 +140,7 @@ def evaluate_unseen(
     kinds: list[Kind] = []
     for fold in np.unique(folds):
         test = np.flatnonzero(folds == fold)
-        model = fit_loss([record for record, own in zip(ordered, folds, strict=True) ], features, seed)
+        model = fit_loss([record for record, own in zip(ordered, folds, strict=True) if own != fold], features, seed)
         kinds.append(model.kind)
         intervals = model.predict([ordered[i].policy for i in test], coverage)
         for i, interval in zip(test, intervals, strict=True):

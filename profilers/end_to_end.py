@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import random
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -157,7 +158,8 @@ def _measure(
                 break
             if progress:
                 progress(turn, rounds)
-            for name, step in steps.items():
-                samples[name].all.append(take(step, turn, clock))
-                step.reset()
+            # In another order every round: a model that follows a large one finds the caches cold.
+            for name in random.Random(turn).sample(sorted(steps), len(steps)):
+                samples[name].all.append(take(steps[name], turn, clock))
+                steps[name].reset()
     return {name: Measurement(found.timing(), found, load_average()) for name, found in samples.items()}

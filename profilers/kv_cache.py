@@ -55,7 +55,7 @@ def _extended(layer: Any, which: str, new: Tensor) -> Tensor:
     state = vars(layer)
     length = now.shape[2] + new.shape[2]
     buffer: Tensor | None = state.get(f"_{which}_buffer")
-    if buffer is None or buffer.shape[2] < length or False or now.shape[0] != buffer.shape[0]:
+    if buffer is None or buffer.shape[2] < length or now.data_ptr() != buffer.data_ptr() or now.shape[0] != buffer.shape[0]:
         batch, heads, _, dim = new.shape
         buffer = torch.empty((batch, heads, length + max(_SPARE, length // 2), dim), dtype=new.dtype)
         buffer[:, :, : now.shape[2]] = now

@@ -210,9 +210,8 @@ def _methods(arguments: argparse.Namespace) -> int:
         return 0
     for method, row in zip(METHODS.values(), rows, strict=True):
         needs = ", ".join(need.value for need in sorted(method.needs, key=lambda need: need.value)) or "nothing"
-        print(
-            f"{method.name:<13} {method.stage.value}: {' + '.join(filter(None, (method.transform, method.fitter, method.rounder))) or 'leaves the site as it is'}; needs {needs}"
-        )
+        parts = " + ".join(filter(None, (method.transform, method.fitter, method.rounder)))
+        print(f"{method.name:<13} {method.stage.value}: {parts}; needs {needs}")
         for name, spec in method.knobs.items():
             print(f"{'':<13} {name} = {spec.default}: {spec.text}")
         print(f"{'':<13} {row['source']}")

@@ -78,16 +78,18 @@ class RunConfig:
     )
     formats: tuple[str, ...] = _option([], "number formats, comma separated; default: what the runtime runs", metavar="F,F,…")
     methods: tuple[str, ...] = _option(
-        ["rtn", "gptq"], "quantizing methods, comma separated; `search methods`", metavar="M,M,…"
+        ["gptq:fitter=mse"],
+        "quantizing methods, comma separated, each NAME or NAME:KNOB=VALUE:…; `search methods`",
+        metavar="M,M,…",
     )
     data: tuple[str, ...] = _option(
         [], "text: FILE, FOLDER or hf:NAME, for all roles or ROLE=SOURCE; may be repeated", metavar="SRC"
     )
     sequence: int = _option(512, "tokens of a sequence")
     calibration_tokens: int = _option(8192, "tokens of calibration; at least 5 times the widest layer's inputs is safe")
-    search_tokens: int = _option(8192, "tokens on which candidates are compared")
-    validation_tokens: int = _option(8192, "tokens on which finalists are chosen, and as many again for the report")
-    evaluations: int = _option(16, "true evaluations that the refinement may spend")
+    search_tokens: int = _option(4096, "tokens on which candidates are compared")
+    validation_tokens: int = _option(4096, "tokens on which finalists are chosen, and as many again for the report")
+    evaluations: int = _option(12, "true evaluations that the refinement may spend")
     finalists: int = _option(2, "policies that are recompressed in order, materialised and measured")
     max_kl: float = _option(0.0, "quality floor in nats per token; 0: none")
     tasks: tuple[str, ...] = _option(

@@ -224,7 +224,13 @@ def _added_bos(tokenizer: Any) -> int | None:
 
 
 def generate_tokens(
-    model: nn.Module, n_sequences: int, length: int, seed: int, progress: Callable[[int, int], None], batch: int = 64
+    model: nn.Module,
+    new_cache: Callable[[nn.Module], Any],
+    n_sequences: int,
+    length: int,
+    seed: int,
+    progress: Callable[[int, int], None],
+    batch: int = 64,
 ) -> Tensor:
     """Sequences sampled from the model: (n_sequences, length) token ids.
 
@@ -241,10 +247,9 @@ def generate_tokens(
         for start in range(0, n_sequences, batch):
             size = min(batch, n_sequences - start)
             ids = torch.randint(0, n_vocab, (size, 1), generator=generator)
-            sequence, cache = [ids], None
+            sequence, cache = [ids], new_cache(model)
             for _ in range(length - 1):
                 out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
                 ids = _nucleus(out.logits[:, -1].float(), 0.95, generator)
                 sequence.append(ids)
                 done += 1

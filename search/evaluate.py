@@ -172,11 +172,14 @@ class Evaluator:
         kl = nll = 0.0
         with torch.inference_mode():
             for part in _parts(len(ids)):
-                log_q = logits_of(part).log_softmax(-1)
-                log_p = project(self._model, self._structure, self._dense_hidden[index][part]).log_softmax(-1)
-                kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+                q, p = logits_of(part), project(self._model, self._structure, self._dense_hidden[index][part])
+                norm_q, norm_p = q.logsumexp(-1), p.logsumexp(-1)
                 targets = ids[part.start + 1 : part.stop + 1]
-                nll -= float(log_q[: len(targets)].gather(-1, targets[:, None]).double().sum())
+                nll += float((norm_q[: len(targets)] - q[: len(targets)].gather(-1, targets[:, None])[:, 0]).double().sum())
+                # sum_v p (log p - log q), with the norms taken out so that the vocabulary is passed over as seldom as possible
+                difference = p - q
+                weighted = p.sub_(norm_p[:, None]).exp_().mul_(difference).sum(-1)
+                kl += float((weighted - norm_p + norm_q).double().sum())
         return kl / len(ids), nll / (len(ids) - 1)
 
 

@@ -101,7 +101,7 @@ def features_of(prepared: Prepared) -> Features:
                 prepared.depth[site.name],
                 site.n_weights,
                 {
-                    decision: ChoiceFacts(max(option.loss, 0.0), option.ms, option.bits_per_weight)
+                    decision: ChoiceFacts(max(option.loss, 0.0), option.model_ms, option.bits_per_weight)
                     for decision, option in zip(choices, site.options, strict=True)
                 },
             )
@@ -129,7 +129,7 @@ def simple_policies(prepared: Prepared, budget_ms: float) -> list[Preset]:
     everywhere = [preset for preset in uniform(prepared.problem) if preset.policy.canonical() != Policy().canonical()]
     used = {decision for choices in prepared.problem.choices for decision in choices}
     mixed = within_budget(prepared.problem, prepared.block, prepared.kind, budget_ms, used)
-    known = {preset.policy.key() for preset in everywhere}
+    known = {Policy().key(), *(preset.policy.key() for preset in everywhere)}
     return everywhere + [preset for preset in mixed if preset.policy.key() not in known][:N_SIMPLE]
 
 

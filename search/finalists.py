@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,18 +138,30 @@ class Judge:
             self._evaluators[role] = Evaluator(self._session.switch, self._session.corpora[role].tokens)
         return self._evaluators[role]
 
-    def validate(self, finalist: Finalist, recompress: bool) -> Finalist:
-        """With its KL on the validation text: of the bank's weights or, where better, of those recompressed in order."""
+    def all(self, finalists: Sequence[Finalist], ranked: Collection[str]) -> list[Finalist]:
+        """Finalists with their KL on the validation text, where they meet the objective and are of the ranking (policy keys) or dense.
+
+        The best searched and the best simple one are recompressed in order, and keep those weights where they are better.
+        """
+        judged = [self.validate(i) if i.meets and (i.policy.key() in ranked or not i.policy.sites) else i for i in finalists]
+        for simple in (False, True):
+            known = [item for item in judged if item.simple is simple and not math.isnan(item.kl)]
+            best = min(known, key=lambda item: item.kl, default=None)
+            if best is not None and needs_order(best.policy):
+                judged[judged.index(best)] = self.reordered(best)
+        return judged
+
+    def validate(self, finalist: Finalist) -> Finalist:
+        """With the KL of the bank's weights on the validation text."""
         with self._session.progress.bar(f"validating {finalist.name}") as update, all_threads():
-            plain = self._on("validate").evaluate(finalist.policy, progress=update)
-        best = _judged(finalist, plain, recompressed=False)
-        if recompress and needs_order(finalist.policy):
-            edits = self.recompressed(finalist.policy)
-            with self._session.progress.bar("validating it recompressed") as update, all_threads():
-                again = self._on("validate").evaluate_edits(edits, update)
-            if again.kl < plain.kl:
-                best = _judged(finalist, again, recompressed=True)
-        return best
+            return _judged(finalist, self._on("validate").evaluate(finalist.policy, progress=update), recompressed=False)
+
+    def reordered(self, finalist: Finalist) -> Finalist:
+        """With weights recompressed in order, where these are better on the validation text."""
+        edits = self.recompressed(finalist.policy)
+        with self._session.progress.bar("validating it recompressed") as update, all_threads():
+            again = self._on("validate").evaluate_edits(edits, update)
+        return _judged(finalist, again, recompressed=True) if again.kl < finalist.kl else finalist
 
     def recompressed(self, policy: Policy) -> dict[str, Edit]:
         """The policy's weights made in order, kept in the study."""

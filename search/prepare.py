@@ -12,6 +12,7 @@ import numpy as np
 from methods import catalogue
 from methods.apply import site_view
 from methods.calibrate import sweep
+from methods.formats.format import parse_format
 from methods.method import Edit, Stats
 from methods.model.structure import Site
 from methods.policy import DENSE, Decision, Policy
@@ -29,7 +30,7 @@ from search.session import Session, all_threads
 PROBES = 4
 PROBE_SEQUENCES = 8
 PROBE_LENGTH = 128
-MIXED_RUNS = 4
+MIXED_RUNS = 6
 
 
 def prepare(session: Session, steps: Steps, key: str) -> Prepared:
@@ -42,17 +43,18 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
     mapped_s = time.monotonic() - began - priced_s
     corpora = session.corpora
     text_s = time.monotonic() - began - priced_s - mapped_s
-    calibrate(session)
+    decisions = decisions_of(sites)
+    calibrate(session, decisions)
     calibrated_s = time.monotonic() - began - priced_s - mapped_s - text_s
     score_key = content_key(
         key, session.loaded.digest, corpora["search"].sha256, corpora["calibrate"].sha256, PROBES, PROBE_LENGTH
     )
-    scores = _cached(steps, "scores", score_key, lambda: score_choices(session))
+    scores = _cached(steps, "scores", score_key, lambda: score_choices(session, decisions))
     scored_s = time.monotonic() - began - priced_s - mapped_s - text_s - calibrated_s
     loaded = session.loaded
     site_bytes = sum(site.options[0].size_bytes for site in sites)
     return Prepared(
-        sites=tuple(_scored(site, scores) for site in sites),
+        sites=tuple(_scored(site, scores, fit["scales"]) for site in sites),
         latency=fit["map"],
         dense_ms=tuple(fit["dense_ms"]),
         dense_name=fit["dense_name"],
@@ -132,15 +134,34 @@ def _sites(session: Session, table: LatencyTable) -> tuple[SiteOptions, ...]:
                     kernel=best[0][0][0],
                 )
             )
-        sites.append(SiteOptions(site.name, site.kind, site.block, site.n_weights, tuple(options)))
+        sites.append(SiteOptions(site.name, site.kind, site.block, site.n_weights, tuple(_worth_having(options))))
     return tuple(sites)
+
+
+def _worth_having(options: Sequence[Option]) -> list[Option]:
+    """Options that are faster than every one with at least their weight and activation bits: the others cannot be the better choice.
+
+    Dropped before anything is calibrated. The dense option stays.
+    """
+    formats = {option.label: parse_format(option.format) for option in options}
+
+    def beaten(option: Option) -> bool:
+        mine = formats[option.label]
+        return any(
+            other.ms <= option.ms
+            and other.bits_per_weight > option.bits_per_weight
+            and formats[other.label].act_bits >= mine.act_bits
+            for other in options
+        )
+
+    return [option for option in options if option.label == DENSE.label or not beaten(option)]
 
 
 def fit_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions]) -> dict[str, Any]:
     """Whole-model runs of a few policies, each interleaved with the dense model, and the map fitted on them."""
     target, workload, cache = session.target, session.config.load, session.config.cache_folder
     policies = map_policies(sites, session.config.seed)
-    ms = {(site.name, option.label): option.ms for site in sites for option in site.options}
+    options = {(site.name, option.label): option for site in sites for option in site.options}
     engine = session.engine(table)
     candidates = dense_candidates(session.model, session.loaded.structure, target, table, workload)
     found = end_to_end.measure(candidates, workload, target, rounds=12, cache=cache, notify=session.progress.say)
@@ -159,17 +180,23 @@ def fit_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions])
             update(index + 1, len(policies))
     level = float(np.median([run.median_ms for run in dense_runs]))
     lo, hi = float(np.median([run.lo_ms for run in dense_runs])), float(np.median([run.hi_ms for run in dense_runs]))
-    runs = [Run(Policy().key(), sum(site.options[0].ms for site in sites), level, min(lo, level), max(hi, level))]
+
+    def run_of(policy: Policy, ms: tuple[float, float, float]) -> Run:
+        taken = [options[site.name, policy.at(site.name)[0].label] for site in sites]
+        parts = {kernel: sum(o.ms for o in taken if o.kernel == kernel) for kernel in {o.kernel for o in options.values()}}
+        return Run(policy.key(), sum(o.ms for o in taken), *ms, features=parts)
+
+    runs = [run_of(Policy(), (level, min(lo, level), max(hi, level)))]
     for (_, policy), ratio in zip(policies, ratios, strict=True):
-        total = sum(ms[site.name, policy.at(site.name)[0].label] for site in sites)
-        runs.append(Run(policy.key(), total, ratio.mid * level, ratio.lo * level, ratio.hi * level))
-    fitted = fit_latency(runs)
+        runs.append(run_of(policy, (ratio.mid * level, ratio.lo * level, ratio.hi * level)))
+    fitted, scales = fit_latency(runs).collapsed()
     session.progress.say(
         f"dense model: {level:.1f} {workload.unit} ({dense_name}); whole-model map from {len(runs)} runs, "
         f"leave-one-out error {fitted.loo_error.mean:.1%} mean, {fitted.loo_error.max:.1%} worst"
     )
     return {
         "map": fitted.to_dict(),
+        "scales": scales,
         "dense_ms": [level, min(lo, level), max(hi, level)],
         "dense_name": dense_name,
         "contended": contended,
@@ -187,7 +214,7 @@ def map_policies(sites: Sequence[SiteOptions], seed: int) -> list[tuple[str, Pol
     policies = [(f"uniform {name}", _with_format(sites, lambda _s, name=name: name)) for name in picked]
     generator = np.random.default_rng(seed)
     for index in range(MIXED_RUNS):
-        weights = generator.dirichlet(np.full(len(ordered) + 1, 0.7))
+        weights = generator.dirichlet([*np.full(len(ordered), 0.7), 0.7 if index % 2 else len(ordered)])
         mixed = {site.name: str(generator.choice([*ordered, "none"], p=weights)) for site in sites}
         policies.append((f"mixed {index + 1}", _with_format(sites, lambda site, mixed=mixed: mixed[site])))
     return list({policy.key(): (name, policy) for name, policy in policies if policy.sites}.values())
@@ -202,22 +229,23 @@ def _with_format(sites: Sequence[SiteOptions], wanted: Any) -> Policy:
     return Policy(decisions)
 
 
-def decisions_of(session: Session, site: Site) -> list[Decision]:
-    """Everything that compresses the site in this study's space."""
-    return [choice.decision for choice in session.space.choices[site.name] if choice.decision != DENSE]
+Decisions = Mapping[str, Sequence[Decision]]
 
 
-def calibrate(session: Session) -> None:
+def decisions_of(sites: Sequence[SiteOptions]) -> dict[str, list[Decision]]:
+    """What compresses each site in this study."""
+    return {site.name: [Decision.parse(o.label) for o in site.options if o.label != DENSE.label] for site in sites}
+
+
+def calibrate(session: Session, decisions: Decisions) -> None:
     """One sweep over the dense model: every (site, decision) that the bank lacks, block by block."""
     structure = session.loaded.structure
-    missing = {
-        site.name: [d for d in decisions_of(session, site) if not session.bank.has(site.name, d)] for site in structure.sites
-    }
+    missing = {site: [d for d in own if not session.bank.has(site, d)] for site, own in decisions.items()}
     n_missing = sum(map(len, missing.values()))
     if not n_missing:
         return
     todo = {site.block for site in structure.sites if missing[site.name]}
-    needs = {site: catalogue.needs(decisions) for site, decisions in missing.items() if decisions}
+    needs = {site: catalogue.needs(own) for site, own in missing.items() if own}
     session.switch.dense()
     batches = session.corpora["calibrate"].sequences()
     session.progress.say(
@@ -228,14 +256,15 @@ def calibrate(session: Session) -> None:
         def visit(block: int, stats: Mapping[str, Stats]) -> None:
             for site in structure.in_block(block):
                 view = site_view(session.model, structure, site)
-                for decision in missing[site.name]:
-                    session.bank.put(site.name, decision, catalogue.apply(view, stats, decision))
+                edits = catalogue.apply_many(view, stats, missing[site.name])
+                for decision, edit in zip(missing[site.name], edits, strict=True):
+                    session.bank.put(site.name, decision, edit)
             update(block + 1, len(structure.blocks))
 
         sweep(session.model, structure, batches, needs, visit, skip=lambda block: block not in todo)
 
 
-def score_choices(session: Session) -> dict[str, Any]:
+def score_choices(session: Session, decisions: Decisions) -> dict[str, Any]:
     """Sensitivities of every choice from one forward and a few backward passes."""
     tokens = session.corpora["search"].tokens
     length = min(PROBE_LENGTH, tokens.shape[1])
@@ -244,7 +273,7 @@ def score_choices(session: Session) -> dict[str, Any]:
     chosen = pieces[::step][:PROBE_SEQUENCES]
 
     def candidates(site: Site) -> Iterator[tuple[str, Edit]]:
-        for decision in decisions_of(session, site):
+        for decision in decisions[site.name]:
             yield decision.label, session.edit(site.name, decision)
 
     session.switch.dense()
@@ -262,10 +291,12 @@ def score_choices(session: Session) -> dict[str, Any]:
     return {"kl": scores.kl, "stderr": scores.stderr}
 
 
-def _scored(site: SiteOptions, scores: Mapping[str, Any]) -> SiteOptions:
+def _scored(site: SiteOptions, scores: Mapping[str, Any], scales: Mapping[str, float]) -> SiteOptions:
+    """The site with predicted losses, and with kernel times as they count in a whole model."""
     kl, stderr = scores["kl"][site.name], scores["stderr"][site.name]
-    options = [
-        option if option.label == DENSE.label else replace(option, loss=kl[option.label], loss_stderr=stderr[option.label])
-        for option in site.options
-    ]
+    options = []
+    for option in site.options:
+        model_ms = option.ms * scales.get(option.kernel, 1.0)
+        loss = {} if option.label == DENSE.label else {"loss": kl[option.label], "loss_stderr": stderr[option.label]}
+        options.append(replace(option, model_ms=model_ms, **loss))
     return replace(site, options=tuple(options))

@@ -19,8 +19,9 @@ from search.strategies.problem import Problem
 class Option:
     """One choice at one site: its price and its predicted loss.
 
-    ms: measured latency of the site's kernels at the workload's tokens in flight; loss: nats per token, predicted, with its
-    standard error; kernel: the one that is fastest there.
+    ms: measured cold latency of the site's kernels at the workload's tokens in flight; model_ms: the same as it counts in a whole
+    model, where some kernels meet warmer caches than others; kernel: the one that is fastest there; loss: nats per token, predicted,
+    with its standard error.
     """
 
     label: str
@@ -29,6 +30,7 @@ class Option:
     size_bytes: int
     ms: float
     kernel: str
+    model_ms: float = 0.0
     loss: float = 0.0
     loss_stderr: float = 0.0
 
@@ -87,7 +89,7 @@ class Prepared:
             tuple(site.name for site in self.sites),
             tuple(tuple(Decision.parse(option.label) for option in site.options) for site in self.sites),
             tuple(np.array([option.loss for option in site.options]) for site in self.sites),
-            tuple(np.array([option.ms for option in site.options]) for site in self.sites),
+            tuple(np.array([option.model_ms for option in site.options]) for site in self.sites),
             tuple(np.array([option.size_bytes for option in site.options], dtype=np.float64) for site in self.sites),
         )
 
@@ -116,8 +118,8 @@ class Prepared:
         return {(site.name, option.label): option for site in self.sites for option in site.options}
 
     def sum_ms(self, policy: Policy) -> float:
-        """Sum of the sites' kernel latencies."""
-        return sum(self.option(site.name, policy.at(site.name)[0]).ms for site in self.sites)
+        """Sum of the sites' kernel latencies, as they count in a whole model."""
+        return sum(self.option(site.name, policy.at(site.name)[0]).model_ms for site in self.sites)
 
     def loss(self, policy: Policy) -> float:
         """Additive predicted loss, nats per token."""

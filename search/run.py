@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from methods.atomic import write_text
 from methods.policy import Policy
-from search.config import ConfigError, Objective, RunConfig, to_toml
+from search.config import ConfigError, Objective, RunConfig, read_toml, to_toml
 from search.files import Steps, content_key
 from search.prepared import Prepared
 from search.progress import Progress
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 ATTEMPTS = 3
 """Times that a missed objective is tightened and solved again before the run says that it cannot be met."""
 
-BASELINES = 3
+BASELINES = 2
 """Uniform policies that are measured besides the best simple one, for the frontier."""
 
 _VERSION = 1
@@ -93,12 +93,43 @@ def open_study(config: RunConfig) -> Path:
         raise ConfigError(f"{folder} is a file; choose another --study or --results")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.toml").exists():
         raise ConfigError(f"{folder} holds something that is no study; choose another --study or --results")
+    if (folder / "config.toml").exists():
+        _check_saved(config, folder)
     try:
         write_text(folder / "config.toml", to_toml(config))
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
     return folder
 
+
+def _check_saved(config: RunConfig, folder: Path) -> None:
+    """Raises ConfigError where the folder's study is about something else; what only steers the search may change."""
+    saved = read_toml(folder / "config.toml")
+    for name in _IDENTITY:
+        mine, theirs = getattr(config, name), saved.get(name)
+        if mine != theirs:
+            raise ConfigError(
+                f"{folder}: a study with --{name.replace('_', '-')} {_shown(theirs)}, here it is {_shown(mine)}; choose another --study"
+            )
+
+
+def _shown(value: Any) -> str:
+    return ",".join(value) or "(none)" if isinstance(value, tuple) else str(value)
+
+
+_IDENTITY = (
+    "model",
+    "target",
+    "runtime",
+    "workload",
+    "data",
+    "sequence",
+    "calibration_tokens",
+    "search_tokens",
+    "threads",
+    "seed",
+)
+"""What a study is about: numbers under other values cannot be compared."""
 
 _NOT_PREPARED = (
     "latency",
@@ -133,6 +164,7 @@ def prepare_study(session: Session, steps: Steps, key: str) -> Prepared:
     """Latency table, whole-model map, calibration and sensitivities; kept under `key`."""
     from search.prepare import prepare
 
+    open_store(session)
     prepared = prepare(session, steps, key)
     steps.put("prepared", key, prepared.to_json())
     return prepared
@@ -190,7 +222,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
     began = time.monotonic()
     config, folder = session.config, session.config.folder
     check_same(session, prepared)
-    store = open_store(session, prepared)
+    store = open_store(session)
     truth = Truth(_search_evaluator(session), store, prepared)
     table = price(session)
     tighten = 1.0
@@ -209,12 +241,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
         except Unreachable:
             break
     judge = Judge(session, prepared)
-    best_simple = next((item.policy.key() for item in ranked if item.simple), None)
-    judged = []
-    for item in finalists:
-        wanted = item.meets and (not item.simple or item.policy.key() == best_simple or not item.policy.sites)
-        judged.append(judge.validate(item, recompress=bool(item.policy.sites)) if wanted else item)
-    finalists = judged
+    finalists = judge.all(finalists, {item.policy.key() for item in ranked})
     chosen, simple, difference = choose(finalists, config.max_kl)
     finalists = [judge.report(item) for item in finalists]
     chosen = _same(finalists, chosen)
@@ -267,18 +294,18 @@ def check_same(session: Session, prepared: Prepared) -> None:
         )
 
 
-def open_store(session: Session, prepared: Prepared) -> Any:
+def open_store(session: Session) -> Any:
     """The study's Optuna store; raises ForeignStudy where it belongs to something else."""
     from search.study import Store
 
     config = session.config
     context = {
-        "model": prepared.model["digest"],
-        "target": prepared.target["fingerprint"],
+        "model": session.loaded.digest,
+        "target": session.target.fingerprint,
         "runtime": config.runtime,
         "workload": config.workload,
-        "calibration text": prepared.data["calibrate"]["sha256"],
-        "search text": prepared.data["search"]["sha256"],
+        "calibration text": session.corpora["calibrate"].sha256,
+        "search text": session.corpora["search"].sha256,
     }
     return Store(config.storage or config.folder / "study.db", config.study_name, context)
 

@@ -18,6 +18,7 @@ from methods.model.load import LoadedModel, load
 from methods.model.structure import Site
 from methods.policy import DENSE, Decision, Policy
 from profilers.kernels.catalogue import refusals, supported
+from profilers.kv_cache import new_cache
 from profilers.runtime import Runtime
 from profilers.table import LatencyTable
 from profilers.target import Target, resolve
@@ -135,7 +136,8 @@ class Session:
             f"no --data: the model writes {n_sequences} sequences of {length} tokens itself (kept for later runs)"
         )
         with self.progress.bar("writing text") as update, all_threads():
-            tokens = generate_tokens(self.loaded.model, n_sequences, length, self.config.seed, update)
+            writer = Runtime(self.model, self.loaded.structure, self.target).materialize({})
+            tokens = generate_tokens(writer, new_cache, n_sequences, length, self.config.seed, update)
         write_bytes(path, save({"tokens": tokens}))
         return tokens
 

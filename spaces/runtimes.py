@@ -107,14 +107,13 @@ _PORTABLE = ("w4a16-g32", "w4a16-g64", "w4a16-g128", "w8a16", "w8a8-token")
 DEFAULT_FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "isolatency": (
-            "w8a8-token",
             "w8a8-g64",
             "w4a8-g32-asym",
             "w4a8-g64-asym",
             "w3a8-g32-asym",
             "w3a8-g64-asym",
             "w2a8-g32-asym",
-            "w4a16-g64",
+            "w2a8-g64-asym",
         ),
         "transformers": _PORTABLE,
         "vllm": _PORTABLE,

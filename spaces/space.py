@@ -101,7 +101,7 @@ def build(
                     site.name
                 )
         found = [_dense(site, structure)]
-        for decision in (Decision.of(m, format=fmt.name) for fmt in dict.fromkeys(fitting.values()) for m in methods):
+        for decision in (with_format(m, fmt) for fmt in dict.fromkeys(fitting.values()) for m in methods):
             reason = catalogue.refuses(site, decision)
             if reason:
                 reasons[decision.label] = reason
@@ -115,6 +115,12 @@ def build(
     if all(len(found) == 1 for found in choices.values()):
         raise ValueError(_nothing(space, formats, methods, runtime))
     return space
+
+
+def with_format(method: str, fmt: Format) -> Decision:
+    """The decision of a method, written `NAME` or `NAME:KNOB=VALUE:KNOB=VALUE`, with a format."""
+    decision = Decision.parse(method.replace(":", ",").replace(",", ":", 1))
+    return Decision.of(decision.method, **{**dict(decision.knobs), "format": fmt.name})
 
 
 def _fitting(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -89,18 +90,36 @@ def auto_damping(n_tokens: int, d_in: int) -> float:
 
 def column_rounder(fmt: Format, grid: Grid, d_in: int, dtype: torch.dtype = torch.float32) -> RoundColumn:
     """Rounds a column to nearest on its group's grid, with the arithmetic of `encode` and `decode`."""
-    size = fmt.group_size(d_in)
-    scales = grid.scale.T.contiguous().to(dtype).unbind(0)
-    offsets = None if grid.offset is None else grid.offset.T.contiguous().to(dtype).unbind(0)
-    shift = fmt.levels // 2 if fmt.symmetric else 0
-    lowest, highest = fmt.code_range
+    return stacked_rounder([(fmt, grid)], d_in, dtype)
+
+
+def stacked_rounder(stack: Sequence[tuple[Format, Grid]], d_in: int, dtype: torch.dtype = torch.float32) -> RoundColumn:
+    """Rounds columns of several weights, one below the other, each part on its own format's grid.
+
+    Rows never meet in the sweep, so that one sweep over the stack gives every part the codes it would get alone.
+    """
+    finest = math.gcd(*(fmt.group_size(d_in) for fmt, _ in stack))
+    scales = torch.cat([_by_column(grid.scale, d_in // finest, dtype) for _, grid in stack], 1).unbind(0)
+    offsets = None
+    if any(grid.offset is not None for _, grid in stack):
+        found = [grid.offset if grid.offset is not None else torch.zeros_like(grid.scale) for _, grid in stack]
+        offsets = torch.cat([_by_column(offset, d_in // finest, dtype) for offset in found], 1).unbind(0)
+    shifts = [fmt.levels // 2 if fmt.symmetric else 0 for fmt, _ in stack]
+    rows = torch.tensor([len(grid.scale) for _, grid in stack])
+    shift = torch.tensor(shifts, dtype=dtype).repeat_interleave(rows)
+    lowest = torch.tensor([fmt.code_range[0] for fmt, _ in stack], dtype=dtype).repeat_interleave(rows) - shift
+    highest = torch.tensor([fmt.code_range[1] for fmt, _ in stack], dtype=dtype).repeat_interleave(rows) - shift
 
     def round_column(values: Tensor, column: int) -> tuple[Tensor, Tensor]:
-        group = column // size
-        if offsets is None:
-            steps = (values / scales[group]).round_().clamp_(lowest - shift, highest - shift)
-            return steps + shift, steps * scales[group]
-        codes = ((values - offsets[group]) / scales[group]).round_().clamp_(lowest, highest)
-        return codes, (codes * scales[group]).add_(offsets[group])
+        scale = scales[column // finest]
+        centred = values if offsets is None else values - offsets[column // finest]
+        steps = (centred / scale).round_().clamp_(lowest, highest)
+        decoded = steps * scale
+        return steps + shift, decoded if offsets is None else decoded.add_(offsets[column // finest])
 
     return round_column
+
+
+def _by_column(per_group: Tensor, n_columns: int, dtype: torch.dtype) -> Tensor:
+    """(d_out, n_groups) -> (n_columns, d_out), every group repeated over the columns of the finest one."""
+    return per_group.to(dtype).repeat_interleave(n_columns // per_group.shape[1], 1).T.contiguous()

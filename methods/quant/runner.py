@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from methods.formats.numerics import DTYPES, Compressed
 from methods.method import Edit, Need, SiteView, Stats
 from methods.policy import Knob
 from methods.quant.awq import awq
-from methods.quant.feedback import auto_damping, column_rounder, feedback
+from methods.quant.feedback import auto_damping, feedback, stacked_rounder
 from methods.quant.fold import Fold, fold, scaled_hessian
 from methods.quant.grid import Grid, payload
 from methods.quant.hqq import hqq
@@ -31,34 +31,62 @@ def run(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], knobs: Knobs
     Layers that share one `Stats` object are rounded in one sweep: every part treats output rows apart, so that the result is the same.
     Raises ValueError where the recipe refuses the site, a weight is not finite or a statistic is missing.
     """
+    return run_many(recipe, view, stats, [knobs])[0]
+
+
+def run_many(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], many: Sequence[Knobs]) -> list[Edit]:
+    """The edits of several settings of one recipe, equal to those of `run`; what they share is computed once.
+
+    Settings that differ in their format alone go through one feedback sweep, one below the other, with one factorisation.
+    """
+    checked = [_checked(recipe, view, knobs) for knobs in many]
+    together: dict[str, list[int]] = {}
+    for index, knobs in enumerate(checked):
+        alone = recipe.rounder != "feedback" or recipe.transform is not None or parse_format(str(knobs["format"])).dense
+        others = sorted((name, value) for name, value in knobs.items() if name != "format")
+        together.setdefault(f"{index if alone else ''}{others}", []).append(index)
+    edits: dict[int, Edit] = {}
+    for indices in together.values():
+        edits.update(zip(indices, _run(recipe, view, stats, [checked[index] for index in indices]), strict=True))
+    return [edits[index] for index in range(len(many))]
+
+
+def _checked(recipe: Recipe, view: SiteView, knobs: Knobs) -> Knobs:
     reason = recipe.refuses(view.site, knobs)
     if reason:
         raise ValueError(reason)
-    knobs = recipe.resolve(knobs)
-    fmt = parse_format(str(knobs["format"]))
     for name, weight in view.weights.items():
         if not torch.isfinite(weight).all():
             raise ValueError(f"{recipe.name}: {name} has infinite or NaN weights; repair the checkpoint")
-    if fmt.dense:
-        return Edit({name: _cast(name, weight, fmt) for name, weight in view.weights.items()})
-    folded = _transform(recipe, view, stats, fmt, knobs)
-    linears: dict[str, Compressed] = {}
+    return recipe.resolve(knobs)
+
+
+def _run(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], many: Sequence[Knobs]) -> list[Edit]:
+    """Edits of settings that differ in their format alone; one setting where the recipe has a transform."""
+    knobs, formats = many[0], [parse_format(str(own["format"])) for own in many]
+    if formats[0].dense:
+        return [Edit({name: _cast(name, weight, formats[0]) for name, weight in view.weights.items()})]
+    folded = _transform(recipe, view, stats, formats[0], knobs)
+    linears: list[dict[str, Compressed]] = [{} for _ in many]
     for names in _sweeps(recipe, view, stats):
         weight = torch.cat([view.weights[name] for name in names]) * (1.0 if folded is None else folded.ratio)
-        grid = _FITTERS[str(knobs.get("fitter", recipe.fitter))](weight, fmt, knobs)
+        grids = [_FITTERS[str(knobs.get("fitter", recipe.fitter))](weight, fmt, knobs) for fmt in formats]
         if recipe.rounder == "feedback":
             hessian = _statistic(stats, names[0], Need.HESSIAN)
             hessian = hessian if folded is None else scaled_hessian(hessian, folded.ratio)
             damping = _damping(knobs, stats[names[0]].n_tokens, weight.shape[1])
-            rounder = column_rounder(fmt, grid, weight.shape[1])
-            parts = payload(feedback(weight, hessian, rounder, damping, act_order=bool(knobs["act_order"])), grid)
+            rounder = stacked_rounder(list(zip(formats, grids, strict=True)), weight.shape[1])
+            codes = feedback(weight.repeat(len(formats), 1), hessian, rounder, damping, act_order=bool(knobs["act_order"]))
+            payloads = [payload(own, grid) for own, grid in zip(codes.chunk(len(formats)), grids, strict=True)]
         else:
-            parts = nearest(weight, fmt, grid)
+            payloads = [nearest(weight, fmt, grid) for fmt, grid in zip(formats, grids, strict=True)]
         rows = [len(view.weights[name]) for name in names]
-        split = {part: torch.split(tensor, rows) for part, tensor in parts.items()}
-        for index, name in enumerate(names):
-            linears[name] = Compressed.of(fmt, {part: tensors[index].clone() for part, tensors in split.items()})
-    return Edit({name: linears[name] for name in view.weights}, {} if folded is None else folded.tensors)
+        for fmt, parts, result in zip(formats, payloads, linears, strict=True):
+            split = {part: torch.split(tensor, rows) for part, tensor in parts.items()}
+            for index, name in enumerate(names):
+                result[name] = Compressed.of(fmt, {part: tensors[index].clone() for part, tensors in split.items()})
+    tensors = {} if folded is None else folded.tensors
+    return [Edit({name: result[name] for name in view.weights}, tensors) for result in linears]
 
 
 def _cast(name: str, weight: Tensor, fmt: Format) -> Compressed:

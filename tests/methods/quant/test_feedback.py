@@ -7,7 +7,7 @@ import torch
 
 from methods.formats.format import Format, parse_format
 from methods.formats.numerics import decode, encode
-from methods.quant.feedback import auto_damping, column_rounder, feedback, inverse_factor
+from methods.quant.feedback import auto_damping, column_rounder, feedback, inverse_factor, stacked_rounder
 from methods.quant.grid import Grid, payload
 from methods.quant.minmax import minmax
 
@@ -186,3 +186,16 @@ def test_auto_damping_beats_nearest_on_held_out_inputs_where_little_damping_lose
     plain = output_error(weight, fmt, grid, encode(weight, fmt, grid.scale, grid.offset), held_out)
     assert error(0.01) > 1.1 * plain
     assert error(auto_damping(n_tokens, d_in)) < 0.9 * plain
+
+
+def test_stacked_formats_get_the_codes_they_get_alone() -> None:
+    weight, x = problem()
+    weight = weight.float()
+    formats = [parse_format(name) for name in ("w2a16-g48", "w4a16-g16-asym", "w8a16", "w3a8-token-asym")]
+    grids = [minmax(weight, fmt) for fmt in formats]
+    rounder = stacked_rounder(list(zip(formats, grids, strict=True)), D_IN)
+    together = feedback(weight.repeat(len(formats), 1), gram(x), rounder, 0.01).chunk(len(formats))
+    for fmt, grid, codes in zip(formats, grids, together, strict=True):
+        alone = feedback(weight, gram(x), column_rounder(fmt, grid, D_IN), 0.01)
+        assert (codes != alone).float().mean() < 2e-3  # the matrix products of other shapes may sum in another order
+        assert not torch.equal(codes, encode(weight, fmt, grid.scale, grid.offset))
