@@ -20,6 +20,12 @@ from profilers.target import Target
 from profilers.timer import Clock, Samples, SystemClock, Timing, exclusive, median_interval, quantile, take
 from profilers.workload import Workload
 
+LEAD = 2
+"""Decode steps of a turn that only warm the caches."""
+
+BURST = 3
+"""Decode steps of a turn that are timed."""
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -34,7 +40,7 @@ class Ratio:
 class Measurement:
     """One model's timing in an interleaved run.
 
-    samples: one a round; load: 1-minute load average afterwards.
+    samples: a few consecutive steps a round, numbered through; load: 1-minute load average afterwards.
     """
 
     timing: Timing
@@ -127,8 +133,10 @@ def measure(
     progress: Callable[[int, int], None] | None = None,
     clock: Clock | None = None,
 ) -> dict[str, Measurement]:
-    """Times every model on a workload, one step each a round, so that drift and neighbours meet all alike.
+    """Times every model on a workload in turns, so that drift and neighbours meet all alike.
 
+    A decoding model's turn is a few consecutive steps, the first of them not timed: it runs alone where it is deployed, and a step that
+    follows another model's finds the caches full of that one's weights. A prefill is one step a turn.
     Stops after `rounds`, or after `min_rounds` once `budget_s` of wall time is used. cache: folder of the machine's timing lock, which
     is held meanwhile (None: the caller holds it); notify: told when another run has it. Models may share weights.
     """
@@ -147,6 +155,7 @@ def _measure(
     clock: Clock,
 ) -> dict[str, Measurement]:
     samples = {name: Samples() for name in models}
+    lead, burst = (LEAD, BURST) if workload.phase == "decode" else (0, 1)
     with torch_threads(target.threads), torch.inference_mode():
         steps = {name: Step(model, workload) for name, model in models.items()}
         for step in steps.values():
@@ -158,8 +167,11 @@ def _measure(
                 break
             if progress:
                 progress(turn, rounds)
-            # In another order every round: a model that follows a large one finds the caches cold.
             for name in random.Random(turn).sample(sorted(steps), len(steps)):
-                samples[name].all.append(take(steps[name], turn, clock))
-                steps[name].reset()
+                for _ in range(lead):
+                    steps[name]()
+                    steps[name].reset()
+                for place in range(burst):
+                    samples[name].all.append(take(steps[name], turn * burst + place, clock))
+                    steps[name].reset()
     return {name: Measurement(found.timing(), found, load_average()) for name, found in samples.items()}

@@ -89,7 +89,7 @@ class RunConfig:
     calibration_tokens: int = _option(8192, "tokens of calibration; at least 5 times the widest layer's inputs is safe")
     search_tokens: int = _option(4096, "tokens on which candidates are compared")
     validation_tokens: int = _option(4096, "tokens on which finalists are chosen, and as many again for the report")
-    evaluations: int = _option(12, "true evaluations that the refinement may spend")
+    evaluations: int = _option(8, "true evaluations that the refinement may spend")
     finalists: int = _option(2, "policies that are recompressed in order, materialised and measured")
     max_kl: float = _option(0.0, "quality floor in nats per token; 0: none")
     tasks: tuple[str, ...] = _option(

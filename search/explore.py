@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -130,7 +131,20 @@ def simple_policies(prepared: Prepared, budget_ms: float) -> list[Preset]:
     used = {decision for choices in prepared.problem.choices for decision in choices}
     mixed = within_budget(prepared.problem, prepared.block, prepared.kind, budget_ms, used)
     known = {Policy().key(), *(preset.policy.key() for preset in everywhere)}
-    return everywhere + [preset for preset in mixed if preset.policy.key() not in known][:N_SIMPLE]
+    found = everywhere + [preset for preset in mixed if preset.policy.key() not in known][:N_SIMPLE]
+    return [replace(preset, name=short_name(preset.name, prepared)) for preset in found]
+
+
+def short_name(name: str, prepared: Prepared) -> str:
+    """A preset's name with formats in place of whole decisions, where a format names only one decision in this study."""
+    labels: dict[str, set[str]] = {}
+    for site in prepared.sites:
+        for option in site.options[1:]:
+            labels.setdefault(option.format, set()).add(option.label)
+    for fmt, found in labels.items():
+        if len(found) == 1:
+            name = re.sub(rf"{re.escape(next(iter(found)))}(?![\w-])", fmt, name)
+    return name
 
 
 def explore(

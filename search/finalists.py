@@ -18,9 +18,12 @@ from search.in_order import compress_in_order, needs_order, ordered_bank
 from search.prepared import Prepared
 from search.session import Session, all_threads
 
-ROUNDS = 40
+ROUNDS = 24
 SIGNIFICANT = 1.0
 """Standard errors by which a searched policy has to beat the best simple one."""
+
+CLEAR = 4.0
+"""Standard errors of lead that recompressing the simple policy in order could not make up for."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class Finalist:
 
     latency_ms, lo_ms, hi_ms: p50 and its 95 % interval; ratio, ratio_lo, ratio_hi: to the dense model, paired by round; meets: the
     upper bound is within the objective; kl…: on the validation text, per sequence in kl_each; recompressed: its weights were made in
-    order on the compressed prefix; report_…: on the report text, perplexity nan where the model wrote that text itself.
+    order on the compressed prefix, plain_kl is that of the others; report_…: on the report text, perplexity nan where the model
+    wrote that text itself.
     """
 
     name: str
@@ -46,6 +50,7 @@ class Finalist:
     size_bytes: int
     contended: bool = False
     recompressed: bool = False
+    plain_kl: float = math.nan
     kl: float = math.nan
     kl_stderr: float = math.nan
     kl_each: tuple[float, ...] = ()
@@ -139,17 +144,8 @@ class Judge:
         return self._evaluators[role]
 
     def all(self, finalists: Sequence[Finalist], ranked: Collection[str]) -> list[Finalist]:
-        """Finalists with their KL on the validation text, where they meet the objective and are of the ranking (policy keys) or dense.
-
-        The best searched and the best simple one are recompressed in order, and keep those weights where they are better.
-        """
-        judged = [self.validate(i) if i.meets and (i.policy.key() in ranked or not i.policy.sites) else i for i in finalists]
-        for simple in (False, True):
-            known = [item for item in judged if item.simple is simple and not math.isnan(item.kl)]
-            best = min(known, key=lambda item: item.kl, default=None)
-            if best is not None and needs_order(best.policy):
-                judged[judged.index(best)] = self.reordered(best)
-        return judged
+        """Finalists with their KL on the validation text, where they meet the objective and are of the ranking (policy keys) or dense."""
+        return [self.validate(i) if i.meets and (i.policy.key() in ranked or not i.policy.sites) else i for i in finalists]
 
     def validate(self, finalist: Finalist) -> Finalist:
         """With the KL of the bank's weights on the validation text."""
@@ -158,6 +154,8 @@ class Judge:
 
     def reordered(self, finalist: Finalist) -> Finalist:
         """With weights recompressed in order, where these are better on the validation text."""
+        if not needs_order(finalist.policy):
+            return finalist
         edits = self.recompressed(finalist.policy)
         with self._session.progress.bar("validating it recompressed") as update, all_threads():
             again = self._on("validate").evaluate_edits(edits, update)
@@ -175,6 +173,8 @@ class Judge:
     def report(self, finalist: Finalist) -> Finalist:
         """With KL and perplexity on the report text."""
         generated = self._session.corpora["report"].generated
+        if generated and not finalist.policy.sites:
+            return replace(finalist, report_kl=0.0, report_kl_stderr=0.0)
         with self._session.progress.bar(f"report text: {finalist.name}") as update, all_threads():
             quality = self._on("report").evaluate_edits(self.edits(finalist), update)
         return replace(
@@ -195,7 +195,12 @@ class Judge:
 
 def _judged(finalist: Finalist, quality: Quality, recompressed: bool) -> Finalist:
     return replace(
-        finalist, kl=max(quality.kl, 0.0), kl_stderr=quality.kl_stderr, kl_each=quality.kl_each, recompressed=recompressed
+        finalist,
+        recompressed=recompressed,
+        kl=max(quality.kl, 0.0),
+        kl_stderr=quality.kl_stderr,
+        kl_each=quality.kl_each,
+        plain_kl=finalist.plain_kl if recompressed else max(quality.kl, 0.0),
     )
 
 

@@ -164,7 +164,7 @@ def fit_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions])
     options = {(site.name, option.label): option for site in sites for option in site.options}
     engine = session.engine(table)
     candidates = dense_candidates(session.model, session.loaded.structure, target, table, workload)
-    found = end_to_end.measure(candidates, workload, target, rounds=12, cache=cache, notify=session.progress.say)
+    found = end_to_end.measure(candidates, workload, target, rounds=6, cache=cache, notify=session.progress.say)
     dense_name = min(found, key=lambda name: found[name].median_ms)
     dense = candidates[dense_name]
     del candidates
@@ -173,7 +173,7 @@ def fit_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions])
     with session.progress.bar("whole-model runs") as update:
         for index, (_, policy) in enumerate(policies):
             models = {"dense": dense, "policy": engine.materialize(session.rounded_edits(policy))}
-            run = end_to_end.measure(models, workload, target, rounds=20, cache=cache, notify=session.progress.say)
+            run = end_to_end.measure(models, workload, target, rounds=12, cache=cache, notify=session.progress.say)
             contended = contended or run["policy"].contended
             dense_runs.append(run["dense"])
             ratios.append(run["policy"].ratio_to(run["dense"]))

@@ -92,11 +92,18 @@ def save(folder: Path, answer: Answer, prepared: Prepared, config: RunConfig, po
 
 
 def measured_entries(folder: Path, answer: Answer) -> list[Entry]:
-    """Everything measured in this study, each policy once: this answer's finalists first, then those of other objectives."""
+    """Everything measured in this study, each policy once: this answer's finalists first, then those of other objectives.
+
+    Machines drift between runs, so that the others' latencies are their measured ratios to the dense model of their own run, times the
+    dense model's latency in this one.
+    """
     entries: dict[str, Entry] = {}
     others = [other for name, other in answers(folder).items() if name != answer.objective]
+    dense_ms = answer.finalists[0].latency_ms
     for source in [answer, *reversed(others)]:
         for finalist in source.finalists:
+            if source is not answer:
+                finalist = _rescaled(finalist, dense_ms)
             if math.isnan(finalist.report_kl) or finalist.policy.key() in entries:
                 continue
             if finalist.name == DENSE_NAME:
@@ -110,6 +117,11 @@ def measured_entries(folder: Path, answer: Answer) -> list[Entry]:
     if answer.best is not None and not answer.best.policy.sites:
         result.append(Entry(replace(candidate(answer.best), name="dense, the answer"), "chosen"))
     return result
+
+
+def _rescaled(finalist: Finalist, dense_ms: float) -> Finalist:
+    ratio, lo, hi = finalist.ratio, finalist.ratio_lo, finalist.ratio_hi
+    return replace(finalist, latency_ms=ratio * dense_ms, lo_ms=lo * dense_ms, hi_ms=hi * dense_ms)
 
 
 def candidate(finalist: Finalist) -> Candidate:

@@ -31,6 +31,9 @@ ATTEMPTS = 3
 BASELINES = 2
 """Uniform policies that are measured besides the best simple one, for the frontier."""
 
+DRIFT = 1.15
+"""Change of the dense model's latency between pricing and validation that the answer mentions."""
+
 _VERSION = 1
 
 
@@ -243,6 +246,15 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
     judge = Judge(session, prepared)
     finalists = judge.all(finalists, {item.policy.key() for item in ranked})
     chosen, simple, difference = choose(finalists, config.max_kl)
+    for item in _worth_reordering(chosen, simple, difference):
+        finalists[finalists.index(item)] = judge.reordered(item)
+    if (
+        chosen is not None
+        and simple is not None
+        and chosen is not simple
+        and len(_worth_reordering(chosen, simple, difference)) > 1
+    ):
+        chosen, simple, difference = choose(finalists, config.max_kl)
     finalists = [judge.report(item) for item in finalists]
     chosen = _same(finalists, chosen)
     simple = _same(finalists, simple)
@@ -271,7 +283,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
             "true evaluations in the study": len(store.records()),
         },
         versions=versions(),
-        notes=tuple(_notes(session, finalists, chosen, config)),
+        notes=tuple(_notes(session, prepared, finalists, chosen, simple, config)),
     )
     texts = {_name(item, answer): _policy_text(session, prepared, item, answer) for item in finalists if item.policy.sites}
     save(folder, answer, prepared, config, texts)
@@ -320,7 +332,7 @@ def _measure(
     session: Session, prepared: Prepared, table: Any, ranked: Sequence[Ranked], objective: Objective, truth: Any
 ) -> list[Finalist]:
     """The dense model, the best searched policies, the best simple one, and a few uniform ones, measured end to end."""
-    from search.explore import FIRST_STAGE, Ranked
+    from search.explore import FIRST_STAGE, Ranked, short_name
     from search.finalists import measure
     from search.strategies.presets import uniform
 
@@ -331,13 +343,26 @@ def _measure(
     for preset in uniform(prepared.problem):
         if preset.policy.key() not in taken and preset.policy.canonical() != Policy().canonical():
             quality = truth.quality(preset.name, preset.policy, FIRST_STAGE)
-            others.append(Ranked(preset.name, preset.policy, quality, True))
+            others.append(Ranked(short_name(preset.name, prepared), preset.policy, quality, True))
     others.sort(key=lambda item: prepared.sum_ms(item.policy))
     best: list[Ranked] = []
     for item in others:
         if not best or item.quality.kl < best[-1].quality.kl:
             best.append(item)
     return measure(session, prepared, table, [*chosen, *best[-BASELINES:]], objective)
+
+
+def _worth_reordering(
+    chosen: Finalist | None, simple: Finalist | None, difference: tuple[float, float] | None
+) -> list[Finalist]:
+    """The answer; and the best simple policy too, unless the answer leads clearly."""
+    from search.finalists import CLEAR
+
+    if chosen is None:
+        return []
+    if simple is None or simple is chosen or difference is None or difference[0] < -CLEAR * difference[1]:
+        return [chosen]
+    return [chosen, simple]
 
 
 def _same(finalists: Sequence[Finalist], wanted: Finalist | None) -> Finalist | None:
@@ -376,18 +401,36 @@ def _predictor_report(records: Sequence[Any], features: Any, seed: int) -> dict[
     return plain_report(evaluate_unseen(records, features, seed=seed))
 
 
-def _notes(session: Session, finalists: Sequence[Finalist], chosen: Finalist | None, config: RunConfig) -> list[str]:
+def _notes(
+    session: Session,
+    prepared: Prepared,
+    finalists: Sequence[Finalist],
+    chosen: Finalist | None,
+    simple: Finalist | None,
+    config: RunConfig,
+) -> list[str]:
     notes = []
     if _contended(finalists):
         notes.append(
             "the machine was contended while latency was measured: no objective is claimed to be met; run again when it is quiet"
+        )
+    drift = finalists[0].latency_ms / prepared.dense_ms[0]
+    if not 1 / DRIFT < drift < DRIFT:
+        notes.append(
+            f"the dense model took {finalists[0].latency_ms:.3g} ms now and {prepared.dense_ms[0]:.3g} ms when the choices were priced: "
+            "the machine was in another state; ratios are paired by round and hold, milliseconds are those of this run"
         )
     if chosen is None:
         notes.append("no policy met the objective when measured; the nearest are in the table")
     elif config.max_kl and chosen.kl > config.max_kl:
         notes.append(f"the answer's KL {chosen.kl:.3g} exceeds --max-kl {config.max_kl:g}: no policy meets both")
     if chosen is not None and chosen.recompressed:
-        notes.append("the answer's weights were compressed in order, on the compressed prefix")
+        notes.append(
+            f"the answer's weights were compressed in order, on the compressed prefix: KL {chosen.plain_kl:.3g} before, {chosen.kl:.3g} "
+            "after, on the validation text; it is compared with simple policies before that"
+            if simple is None or not simple.recompressed
+            else "the answer and the best simple policy were compressed in order, on the compressed prefix"
+        )
     if config.runtime != "isolatency":
         notes.append(
             f"latency was measured with this project's kernels on {session.target.name}; it was not measured in {config.runtime}, "

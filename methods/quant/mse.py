@@ -13,6 +13,8 @@ from methods.quant.minmax import minmax
 
 SHRINK = tuple(1 - step / 25 for step in range(1, 18))
 """Parts of the min-max range that are tried: 0.96, 0.92, …, 0.32. Two bits and whole rows want the small ones."""
+LEAST = {2: 0.32, 3: 0.44, 4: 0.56, 8: 0.84}
+"""The smallest part worth trying, by bits, where groups share a scale: the finer the grid, the less clipping pays."""
 FULL = tuple(1 + step / 25 for step in range(4, -1, -1))
 """Wider scales for a symmetric grid's other sign, whose longer half lies on the side without the extreme value."""
 
@@ -39,16 +41,17 @@ def _fit(weight: Tensor, fmt: Format) -> Grid:
 
 
 def _candidates(groups: Tensor, full: Grid, fmt: Format) -> Iterator[Grid]:
+    shrink = [part for part in SHRINK if fmt.group == -1 or part > LEAST[fmt.bits] - 1e-9]
     if fmt.symmetric:
         scale = full.scale.float()
-        for part in SHRINK:
+        for part in shrink:
             yield Grid(safe_scale(scale * part))
         if fmt.bits < 8:
-            for part in FULL + SHRINK:
+            for part in [*FULL, *shrink]:
                 yield Grid(safe_scale(scale * -part))
         return
     low, high = groups.aminmax(dim=-1)
-    for part in SHRINK:
+    for part in shrink:
         cut = (high - low) * ((1 - part) / 2)
         yield range_grid(low + cut, high - cut, fmt)
 
