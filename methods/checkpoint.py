@@ -27,6 +27,7 @@ from methods.model.experts import unfuse_experts
 from methods.model.load import MARKER, LoadedModel, digest_of
 from methods.model.quiet import quiet
 from methods.model.structure import Structure
+from methods.model.tokenizer import read_tokenizer, write_tokenizer
 from methods.policy import Policy
 from methods.policy_file import PolicyFile
 from methods.policy_text import Plain, plain
@@ -124,7 +125,7 @@ def write(
     }
     with atomic.new_folder(folder) as staging:
         loaded.model.config.save_pretrained(staging)
-        loaded.tokenizer.save_pretrained(staging)
+        write_tokenizer(loaded.tokenizer, staging)
         atomic.write_text(staging / _POLICY, policy_file.render(file, structure))
         save_file(remaining_tensors(loaded.model, structure, edits), staging / _TENSORS, metadata={"format": "pt"})
         save_file(dict(_payload(edits)), staging / _PAYLOAD, metadata={"format": "pt"})
@@ -217,12 +218,12 @@ def load_dense(folder: Path) -> LoadedModel:
 
 def _build(folder: Path) -> tuple[Any, Any]:
     """The model of the folder's configuration with random weights, experts unfused, and the tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     with quiet(), torch.random.fork_rng(devices=[]):
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = read_tokenizer(folder)
     unfuse_experts(model)
     return model.eval().requires_grad_(False), tokenizer
 

@@ -193,25 +193,14 @@ class TaskError(ValueError):
 
 
 def lm_eval_tasks(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int) -> dict[str, dict[str, float]]:
-    """Scores of lm-eval tasks: names that lm-eval knows, or YAML files (their folder is searched too).
+    """Scores of lm-eval tasks (see `find_tasks`), on the first `limit` examples of each, 0 for all.
 
-    Returns task -> metric -> value, standard errors as `metric_stderr`. Raises TaskError with the unknown names.
+    Returns task -> metric -> value, standard errors as `metric_stderr`.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    folders = sorted({str(Path(task).parent.resolve()) for task in tasks if task.endswith((".yaml", ".yml"))})
-    missing = [task for task in tasks if task.endswith((".yaml", ".yml")) and not Path(task).exists()]
-    if missing:
-        raise TaskError(f"--tasks: no such file: {', '.join(missing)}")
-    names = [_task_name(Path(task)) if task.endswith((".yaml", ".yml")) else task for task in tasks]
-    manager = TaskManager(include_path=folders or None)
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        raise TaskError(
-            f"--tasks: lm-eval does not know {', '.join(unknown)}; `lm-eval ls tasks` lists them, or give a YAML file"
-        )
+    names, manager = find_tasks(tasks)
     adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
     result = simple_evaluate(model=adapter, tasks=names, limit=limit or None, task_manager=manager, log_samples=False)
     return {
@@ -222,6 +211,27 @@ def lm_eval_tasks(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit:
         }
         for name, scores in result["results"].items()
     }
+
+
+def find_tasks(tasks: Sequence[str]) -> tuple[list[str], Any]:
+    """Names and lm-eval's task manager for tasks that lm-eval knows or that YAML files define (their folders are searched too).
+
+    Raises TaskError with the files that are not there and the names that are not known.
+    """
+    files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
+    missing = [str(path) for path in files if not path.exists()]
+    if missing:
+        raise TaskError(f"--tasks: no such file: {', '.join(missing)}")
+    from lm_eval.tasks import TaskManager
+
+    names = [_task_name(Path(task)) if task.endswith((".yaml", ".yml")) else task for task in tasks]
+    manager = TaskManager(include_path=sorted({str(path.parent.resolve()) for path in files}) or None)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise TaskError(
+            f"--tasks: lm-eval does not know {', '.join(unknown)}; `lm-eval ls tasks` lists them, or give a YAML file"
+        )
+    return names, manager
 
 
 def _task_name(path: Path) -> str:

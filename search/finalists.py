@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -142,10 +142,6 @@ class Judge:
         if role not in self._evaluators:
             self._evaluators[role] = Evaluator(self._session.switch, self._session.corpora[role].tokens)
         return self._evaluators[role]
-
-    def all(self, finalists: Sequence[Finalist], ranked: Collection[str]) -> list[Finalist]:
-        """Finalists with their KL on the validation text, where they meet the objective and are of the ranking (policy keys) or dense."""
-        return [self.validate(i) if i.meets and (i.policy.key() in ranked or not i.policy.sites) else i for i in finalists]
 
     def validate(self, finalist: Finalist) -> Finalist:
         """With the KL of the bank's weights on the validation text."""

@@ -41,6 +41,8 @@ def generate(folder: Path, prompt: str, n_tokens: int, threads: int | None) -> G
     Raises `CorruptCheckpoint` where the folder is none, ValueError for an empty prompt.
     """
     loaded = checkpoint.load_dense(folder)
+    if loaded.tokenizer is None:
+        raise ConfigError(f"{folder}: the model has no tokenizer, so it reads no prompt; add tokenizer.json to the folder")
     held = checkpoint.read(folder)
     target = local_cpu(threads)
     table = LatencyTable.open(default_cache() / "tables", target)

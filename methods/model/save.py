@@ -12,6 +12,7 @@ from torch import Tensor
 from methods.atomic import new_folder, write_text
 from methods.formats.numerics import DTYPES
 from methods.model.experts import stock_state_dict
+from methods.model.tokenizer import write_tokenizer
 
 CONFIG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -25,7 +26,7 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: str, texts: Mapping[st
     """
     with new_folder(folder) as staging:
         model.save_pretrained(staging, state_dict=_converted(stock_state_dict(model), dtype))
-        tokenizer.save_pretrained(staging)
+        write_tokenizer(tokenizer, staging)
         for name, text in (texts or {}).items():
             write_text(staging / name, text)
         config = staging / "config.json"

@@ -15,6 +15,7 @@ from methods.formats.format import Format
 from methods.formats.numerics import DTYPES
 from methods.method import Edit
 from methods.model.structure import Site, Structure
+from methods.model.tokenizer import write_tokenizer
 from methods.policy_file import PolicyFile
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def write_folder(
     structure = loaded.structure
     digest = policy_file.expanded_digest(file.policy, structure)
     with atomic.new_folder(folder) as staging:
-        loaded.tokenizer.save_pretrained(staging)
+        write_tokenizer(loaded.tokenizer, staging)
         generation = getattr(loaded.model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(staging)

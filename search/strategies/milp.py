@@ -59,7 +59,7 @@ def solve_milp(
     if apart:
         rows.append(columns.cuts(apart, min_distance))
     matrix, n_sites = columns.one_each(), len(problem.sites)
-    with _stdout_to_stderr():
+    with _without_stdout():
         result = milp(
             columns.cost,
             constraints=[LinearConstraint(matrix, np.ones(n_sites), np.ones(n_sites))]
@@ -148,19 +148,20 @@ class _Columns:
 
 
 @contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Sends the process's standard output to standard error meanwhile.
+def _without_stdout() -> Iterator[None]:
+    """Throws away what the process writes to standard output meanwhile.
 
     HiGHS 1.12 prints a debugging line from C in some solves, without an option against it: it would spoil results on stdout.
     """
     libc = ctypes.CDLL(None)
     sys.stdout.flush()
     libc.fflush(None)
-    saved = os.dup(1)
+    saved, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(2, 1)
+        os.dup2(nowhere, 1)
         yield
     finally:
         libc.fflush(None)  # what C has buffered belongs to where it was printed
         os.dup2(saved, 1)
         os.close(saved)
+        os.close(nowhere)

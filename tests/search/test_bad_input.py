@@ -42,6 +42,7 @@ def run(capsys, *arguments: object) -> str:
         (["--latency", "1ms", "--data", "nowhere.txt"], "no such file"),
         (["--latency", "1ms", "--runtime", "vllm", "--formats", "w3a8-g32-asym"], "nothing can be compressed"),
         (["--latency", "1ms", "--sequence", "0"], "at least 1"),
+        (["--latency", "1ms", "--tasks", "nowhere.yaml"], "no such file"),
     ],
 )
 def test_bad_flags(model, tmp_path, capsys, flags: list[str], message: str) -> None:

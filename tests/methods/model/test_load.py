@@ -97,11 +97,6 @@ def _cut(folder):
     path.write_bytes(path.read_bytes()[:5000])
 
 
-def _untokenized(folder):
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-
-
 REFUSALS = {
     "pickle": (_pickle, "pytorch_model.bin, a pickle.*safetensors or GGUF only"),
     "nothing": (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
@@ -120,7 +115,6 @@ REFUSALS = {
     ),
     "reshaped": (_reshape, "transformers cannot load it"),
     "cut": (_cut, "not a readable safetensors file"),
-    "no tokenizer": (_untokenized, "no tokenizer files"),
     "bad tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "cannot load it"),
 }
 
@@ -180,3 +174,12 @@ def test_the_default_model_hides_no_grid(tmp_path):
     assert {site.kind for site in structure.sites if site.norm} == {"qkv", "gate_up"}
     errors = [float_offset_error(weight_of(loaded.model.get_submodule(layer.name))) for _, layer in structure.layers()]
     assert min(errors) > 0.07
+
+
+def test_a_model_without_a_tokenizer_loads_and_says_so(tmp_path):
+    folder = save_tiny(tmp_path / "m", "llama")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    loaded = load(str(folder), tmp_path / "cache")
+    assert loaded.tokenizer is None
+    assert any("no tokenizer" in note for note in loaded.notes)
