@@ -267,7 +267,7 @@ def _checkpoint(folder: Path) -> Path:
     """The checkpoint itself, or that of a study's latest answer."""
     if not (folder / "config.toml").exists():
         return folder
-    from search.run import checkpoint_folder
+    from search.deliver import checkpoint_folder
 
     answer = _answer(folder, "")
     if answer.best is None or not answer.best.policy.sites:

@@ -207,7 +207,7 @@ def lm_eval_tasks(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit:
         name: {
             metric.split(",")[0]: float(value)
             for metric, value in scores.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and metric != "sample_len"
         }
         for name, scores in result["results"].items()
     }

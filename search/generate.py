@@ -99,7 +99,8 @@ def _prepared(folder: Path) -> Prepared:
 
 def export_study(folder: Path, answer: Answer, name: str, out: Path | None, progress: Progress) -> tuple[Path, Any]:
     """Export a study's answer; returns the folder and what loading it back showed. Refuses what the format cannot express."""
-    from search.run import check_same, checkpoint_folder, export_answer, policy_file_of
+    from search.deliver import checkpoint_folder, export_answer, policy_file_of
+    from search.run import check_same
 
     if answer.best is None:
         raise ConfigError(f"{folder}: no policy met {answer.objective}; there is nothing to export")

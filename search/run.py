@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from methods.atomic import write_text
 from methods.policy import Policy
 from search.config import ConfigError, Objective, RunConfig, read_toml, to_toml
+from search.deliver import deliver, policy_text, versions
 from search.files import Steps, content_key
 from search.prepared import Prepared
 from search.progress import Progress
@@ -229,7 +228,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
     from search.explore import Truth, explore, features_of, first_stage_records
     from search.finalists import Judge, choose
     from search.prepare import price
-    from search.results import Answer, save
+    from search.results import Answer, policy_name, save
 
     began = time.monotonic()
     config, folder = session.config, session.config.folder
@@ -295,7 +294,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
         versions=versions(),
         notes=tuple(_notes(session, prepared, finalists, chosen, simple, config)),
     )
-    texts = {_name(item, answer): _policy_text(session, prepared, item, answer) for item in finalists if item.policy.sites}
+    texts = {policy_name(item, answer): policy_text(session, prepared, item, answer) for item in finalists if item.policy.sites}
     save(folder, answer, prepared, config, texts)
     if answer.best is not None and answer.best.policy.sites:
         deliver(session, prepared, answer, judge.edits(answer.best))
@@ -476,122 +475,3 @@ def _notes(
             "whose own kernels differ"
         )
     return notes
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {name: importlib.metadata.version(name) for name in ("isolatency", "torch", "transformers", "optuna", "lightgbm")}
-    return {"python": platform.python_version(), **found}
-
-
-def _name(item: Finalist, answer: Answer) -> str:
-    from search.results import policy_name
-
-    return policy_name(item, answer)
-
-
-def policy_file_of(session: Session, prepared: Prepared, item: Finalist, answer: Answer) -> Any:
-    """The policy with everything that was measured of it."""
-    from methods.policy_file import PolicyFile
-
-    workload = session.config.load
-    measured: list[Mapping[str, Any]] = [
-        {
-            "metric": f"latency_ms ({workload.unit})",
-            "value": item.latency_ms,
-            "ci95": [item.lo_ms, item.hi_ms],
-            "source": "measured",
-        },
-        {"metric": "size_bytes", "value": item.size_bytes, "source": "measured"},
-    ]
-    if item.report_kl == item.report_kl:
-        sha = prepared.data["report"]["sha256"]
-        measured.append({"metric": "kl_nats_per_token", "value": item.report_kl, "source": "measured", "dataset_sha256": sha})
-        if item.perplexity == item.perplexity:
-            measured.append({"metric": "perplexity", "value": item.perplexity, "source": "measured", "dataset_sha256": sha})
-    calibration = prepared.data["calibrate"]
-    tokens = calibration["sequences"] * calibration["length"]
-    return PolicyFile(
-        policy=item.policy,
-        id=f"{session.config.study_name}-{_name(item, answer)}",
-        model={"id": prepared.model["label"], "revision": prepared.model["digest"]},
-        target={
-            "device": prepared.target["description"],
-            "fingerprint": prepared.target["fingerprint"],
-            "engine": "isolatency",
-            "threads": prepared.target["threads"],
-            "workload": workload.name,
-            "objective": answer.objective,
-        },
-        measured=measured,
-        weights_algo={
-            "calib": {"sha256": calibration["sha256"], "tokens": tokens, "seqlen": calibration["length"]},
-            "in_order": item.recompressed,
-            "seed": session.config.seed,
-        },
-        provenance={"versions": dict(answer.versions), "study": session.config.study_name},
-    )
-
-
-def _policy_text(session: Session, prepared: Prepared, item: Finalist, answer: Answer) -> str:
-    from methods import policy_file
-
-    return policy_file.render(policy_file_of(session, prepared, item, answer), session.loaded.structure)
-
-
-def checkpoint_folder(folder: Path, answer: Answer) -> Path:
-    """Where the answer's own checkpoint lies: named by policy and weights, so that equal answers share it."""
-    best = answer.best
-    assert best is not None
-    return folder / "models" / f"{best.policy.key()}{'-in-order' if best.recompressed else ''}"
-
-
-def deliver(session: Session, prepared: Prepared, answer: Answer, edits: Mapping[str, Any]) -> None:
-    """Write the answer's checkpoint, and the exports asked for, each loaded back and compared."""
-    from methods import checkpoint
-
-    best = answer.best
-    assert best is not None
-    file = policy_file_of(session, prepared, best, answer)
-    folder = checkpoint_folder(session.config.folder, answer)
-    session.switch.dense()
-    if not folder.exists():
-        checkpoint.write(folder, session.loaded, file, edits)
-    session.progress.say(f"checkpoint: {folder} (search generate {folder})")
-    for name in export_formats(session.config):
-        export_answer(
-            session, name, file, edits, session.config.folder / "exports" / name / folder.name, bool(session.config.export)
-        )
-
-
-def export_formats(config: RunConfig) -> tuple[str, ...]:
-    """The formats asked for, or the one that the runtime reads."""
-    return config.export or (("compressed-tensors",) if config.runtime == "vllm" else ("dense",))
-
-
-def export_answer(session: Session, name: str, file: Any, edits: Mapping[str, Any], folder: Path, required: bool) -> Any:
-    """Export, load back in the stock runtime and compare; where it was not `required`, a refusal is only reported."""
-    from search.evaluate import Switch
-    from search.export.registry import exporter
-
-    module = exporter(name)
-    session.switch.dense()
-    try:
-        if not folder.exists():
-            module.export(folder, session.loaded, file, edits)
-    except ValueError as error:
-        if required:
-            raise
-        session.progress.say(f"not exported as {name}: {error}")
-        return None
-    switch: Switch = session.switch
-    switch.edits(edits)
-    check = module.verify(folder, session.model, session.corpora["report"].tokens[:1])
-    switch.dense()
-    if not check.ok:
-        raise ValueError(f"export {folder}: what stock transformers loads is not what was evaluated: {check.message}")
-    session.progress.say(
-        f"exported {folder}: loaded back, weights differ by {check.max_weight_diff:g}, NLL {check.nll_loaded:.4f} "
-        f"against {check.nll_reference:.4f} evaluated"
-    )
-    return check
