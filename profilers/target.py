@@ -23,6 +23,9 @@ DEVICE_TABLES = Path("results/devices")
 _CPU_FLAGS = (
     "avx2", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "i8mm",
 )  # fmt: skip
+_NO_MATTER = ("OMP_NUM_THREADS", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
+"""Threads are set explicitly; the others are what libraries set when they are imported, and change no timing."""
+
 _ENVIRONMENT = ("OMP_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "MKL_", "ATEN_CPU_CAPABILITY")
 
 
@@ -73,7 +76,7 @@ def local_cpu(threads: int | None = None) -> Target:
         "cores": cores,
         "threads": n_threads,
         "torch": torch.__version__,
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT) and k != "OMP_NUM_THREADS"},
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT) and k not in _NO_MATTER},
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return Target(

@@ -170,3 +170,12 @@ def test_a_stored_table_makes_an_absent_target(tmp_path: Path) -> None:
 def test_threads_change_the_fingerprint() -> None:
     assert local_cpu(1).fingerprint != local_cpu(2).fingerprint
     assert local_cpu(1) == TARGET
+
+
+def test_only_what_changes_timings_changes_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = local_cpu(1).fingerprint
+    monkeypatch.setenv("KMP_INIT_AT_FORK", "something")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert local_cpu(1).fingerprint == before
+    monkeypatch.setenv("KMP_AFFINITY", "compact")
+    assert local_cpu(1).fingerprint != before
