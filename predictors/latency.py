@@ -268,3 +268,15 @@ def _solved(runs: Sequence[Run], names: tuple[str, ...], penalty: float) -> Floa
     matrix, target = _weighted(runs, names)
     solved: Floats = _inverse(matrix, penalty) @ (matrix.T @ target)
     return solved
+
+
+def unit_slope(runs: Sequence[Run], coverage: float = 0.9) -> LatencyModel:
+    """The map with `b1 = 1`: kernel time counts as itself, everything else is a constant.
+
+    For models so small that noise hides the kernels' share, where `fit_latency` raises; the residuals say how coarse it is.
+    """
+    ordered = tuple(replace(run, features={}) for run in runs)
+    rest = np.array([run.measured_ms - run.sum_ms for run in ordered])
+    n = len(rest)
+    residuals = tuple(float((rest[k] - (rest.sum() - rest[k]) / max(n - 1, 1)) / ordered[k].measured_ms) for k in range(n))
+    return LatencyModel(float(rest.mean()), 1.0, (), _PENALTIES[0], coverage, ordered, residuals)

@@ -16,7 +16,7 @@ from methods.formats.format import parse_format
 from methods.method import Edit, Stats
 from methods.model.structure import Site
 from methods.policy import DENSE, Decision, Policy
-from predictors.latency import Run, fit_latency
+from predictors.latency import Run, fit_latency, unit_slope
 from predictors.sensitivity import score
 from profilers import end_to_end
 from profilers.cells import site_cells
@@ -189,7 +189,11 @@ def fit_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions])
     runs = [run_of(Policy(), (level, min(lo, level), max(hi, level)))]
     for (_, policy), ratio in zip(policies, ratios, strict=True):
         runs.append(run_of(policy, (ratio.mid * level, ratio.lo * level, ratio.hi * level)))
-    fitted, scales = fit_latency(runs).collapsed()
+    try:
+        fitted, scales = fit_latency(runs).collapsed()
+    except ValueError as error:
+        session.progress.say(f"{error}; kernel times are taken as they are instead")
+        fitted, scales = unit_slope(runs), {}
     session.progress.say(
         f"dense model: {level:.1f} {workload.unit} ({dense_name}); whole-model map from {len(runs)} runs, "
         f"leave-one-out error {fitted.loo_error.mean:.1%} mean, {fitted.loo_error.max:.1%} worst"
