@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from predictors.latency import LatencyModel, Run, fit_latency
+from predictors.latency import LatencyModel, Run, fit_latency, unit_slope
 
 
 def runs(seed: int, n: int, *, b0: float = 1.2, b1: float = 1.08, switch: float = 0.0, noise: float = 0.01) -> list[Run]:
@@ -122,3 +122,15 @@ def test_bad_runs_are_refused() -> None:
         fit_latency([*runs(0, 4), Run("x", 5.0, 6.0, 6.0, 6.0)])
     with pytest.raises(ValueError, match="lo <= measured_ms"):
         Run("x", 5.0, 6.0, 6.5, 7.0)
+
+
+def test_unit_slope_counts_kernel_time_as_it_is() -> None:
+    """Runs in which noise turned the slope around: `fit_latency` refuses them, and this map still says how coarse it is."""
+    runs = [Run(f"p{k}", 1 + 0.1 * k, 5 - 0.05 * k, 4.9 - 0.05 * k, 5.1 - 0.05 * k) for k in range(6)]
+    with pytest.raises(ValueError, match="b1="):
+        fit_latency(runs)
+    model = unit_slope(runs)
+    assert model.predict(1.5).mean - model.predict(1.0).mean == pytest.approx(0.5)
+    rest = [run.measured_ms - run.sum_ms for run in runs]
+    others = sum(rest[1:]) / 5
+    assert model.residuals[0] == pytest.approx((rest[0] - others) / runs[0].measured_ms)
