@@ -12,21 +12,23 @@ from methods.formats.format import Format
 from methods.formats.numerics import DTYPES, quantize_activation
 from methods.method import Edit, NormView, SiteView
 from methods.model.structure import Site, Structure
-from methods.model.weights import norm_view, set_weight, weight_of
+from methods.model.weights import bias_of, norm_view, set_weight, weight_of
 
 
 def site_view(model: nn.Module, structure: Structure, site: Site) -> SiteView:
-    """The tensors of a site: weights (d_out, d_in) fp32, which are views where the model is fp32, and its norm if it has one.
+    """The tensors of a site: weights and biases in fp32, which are views where the model is fp32, and its norm if it has one.
 
     The norm is given in the checkpoint's dtype where that holds its values exactly, otherwise in the dtype it has in the model.
     """
     weights = {layer.name: weight_of(model.get_submodule(layer.name)).float() for layer in site.layers}
+    found = {layer.name: bias_of(model.get_submodule(layer.name)) for layer in site.layers}
+    biases = {name: bias.float() for name, bias in found.items() if bias is not None}
     if site.norm is None:
-        return SiteView(site, weights)
+        return SiteView(site, weights, biases=biases)
     live = norm_view(model, site.norm)
     dtype = DTYPES[structure.dtype]
     bias = None if live.bias is None else _stored(live.bias, dtype)
-    return SiteView(site, weights, NormView(live.name, _stored(live.weight, dtype), bias, live.unit_offset))
+    return SiteView(site, weights, NormView(live.name, _stored(live.weight, dtype), bias, live.unit_offset), biases)
 
 
 class Installer:

@@ -90,6 +90,7 @@ class _Collector:
         self._products = torch.zeros(d_in, d_in, dtype=torch.float64) if Need.HESSIAN in need else None
         self._maxima = torch.zeros(d_in) if Need.ABS_MAX in need else None
         self._sums = torch.zeros(d_in, dtype=torch.float64) if Need.ABS_MEAN in need else None
+        self._range = torch.zeros(2, d_in) if Need.RANGE in need else None
         self._sample = torch.zeros(0, d_in) if Need.SAMPLE in need else None
         self._stride = 1
 
@@ -104,6 +105,13 @@ class _Collector:
             self._maxima = torch.maximum(self._maxima, x.abs().amax(0))
         if self._sums is not None:
             self._sums += x.abs().sum(0, dtype=torch.float64)
+        if self._range is not None:
+            low, high = x.aminmax(dim=0)
+            own = torch.stack([low, high])
+            first = self._n_tokens == 0
+            self._range = (
+                own if first else torch.stack([torch.minimum(self._range[0], low), torch.maximum(self._range[1], high)])
+            )
         if self._sample is not None:
             self._keep(x)
         self._n_tokens += len(x)
@@ -113,7 +121,7 @@ class _Collector:
         n = max(self._n_tokens, 1)
         hessian = None if self._products is None else (self._products / n).float()
         mean = None if self._sums is None else (self._sums / n).float()
-        return Stats(self._n_tokens, hessian, self._maxima, mean, self._sample)
+        return Stats(self._n_tokens, hessian, self._maxima, mean, self._range, self._sample)
 
     def _keep(self, x: Tensor) -> None:
         """Every `stride`-th row of the whole stream, the stride doubling whenever they become too many."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 
 class Need(Enum):
-    """A statistic of a linear's input over the calibration tokens."""
+    """A statistic of a linear over the calibration tokens: of its input, but for FISHER (its weight's gradient) and BLOCK."""
 
     HESSIAN = "hessian"
     ABS_MAX = "abs_max"
     ABS_MEAN = "abs_mean"
+    RANGE = "range"
     SAMPLE = "sample"
+    DRIFT = "drift"
+    FISHER = "fisher"
+    BLOCK = "block"
 
 
 class Stage(Enum):
@@ -54,24 +58,48 @@ class Cost:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a decision will do to a site, known without touching a tensor: this is what is priced."""
+    """What a decision will do to a site, known without touching a tensor: this is what is priced.
+
+    simulated: why no kernel runs it, so that it has no latency of its own; "" where the format's kernels do.
+    """
 
     format: Format
     cost: Cost
+    simulated: str = ""
+
+
+@dataclass(frozen=True)
+class BlockSample:
+    """A decoder block as a function of its linears' weights, with inputs and the outputs to be kept.
+
+    inputs, targets: hidden states (b, t, d) fp32 for each batch: what the block reads now, and what the dense model has behind it.
+    run: (hidden, weights by layer name (d_out, d_in), activation formats by layer name) -> hidden; layers that are absent are as they
+    stand in the model. Differentiable in the weights; rounding of activations passes gradients straight through.
+    """
+
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    run: Callable[[Tensor, Mapping[str, Tensor], Mapping[str, Format]], Tensor]
 
 
 @dataclass(frozen=True)
 class Stats:
-    """Statistics of the inputs of one linear; only what was asked for is not None.
+    """Statistics of one linear; only what was asked for is not None.
 
-    hessian: (d_in, d_in), `X^T X / n_tokens`; abs_max, abs_mean: (d_in,); sample: (n_sample, d_in) input rows. All fp32.
+    hessian: (d_in, d_in), `X^T X / n_tokens`; abs_max, abs_mean: (d_in,); range: (2, d_in), least and largest; sample: (n_sample, d_in)
+    input rows. drift: (d_in, d_in), `(X_dense - X)^T X / n_tokens`, zero where the blocks before are dense. fisher: (d_out, d_in), the
+    mean squared gradient of the loss; layers then share no object. All fp32. block: the block the linear stands in, to be reconstructed.
     """
 
     n_tokens: int
     hessian: Tensor | None = None
     abs_max: Tensor | None = None
     abs_mean: Tensor | None = None
+    range: Tensor | None = None
     sample: Tensor | None = None
+    drift: Tensor | None = None
+    fisher: Tensor | None = None
+    block: BlockSample | None = None
 
 
 @dataclass(frozen=True)
@@ -86,11 +114,21 @@ class NormView:
 
 @dataclass(frozen=True)
 class SiteView:
-    """A site's tensors as a method sees them: weights (d_out, d_in) fp32 by layer name, and the norm that a scale can fold into."""
+    """A site's tensors as a method sees them, by layer name: weights (d_out, d_in) fp32, biases (d_out,) of the layers that have one;
+    and the norm that a scale can fold into.
+    """
 
     site: Site
     weights: Mapping[str, Tensor]
     norm: NormView | None = None
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def fold_into(self) -> NormView:
+        """The norm; raises ValueError where the site follows none of its own."""
+        if self.norm is None:
+            raise ValueError(f"{self.site.name}: no norm that a scale could fold into (it names {self.site.norm})")
+        return self.norm
 
 
 @dataclass(frozen=True)

@@ -198,7 +198,7 @@ def _methods(arguments: argparse.Namespace) -> int:
             "name": method.name,
             "stage": method.stage.value,
             "needs": sorted(need.value for need in method.needs),
-            "parts": [part for part in (method.transform, method.fitter, method.rounder) if part],
+            "parts": method.parts,
             "knobs": {name: f"{spec.default} ({spec.text})" for name, spec in method.knobs.items()},
             "simulated": method.simulated,
             "source": f"{method.source.title} ({method.source.year}), {method.source.ref}",
@@ -210,7 +210,7 @@ def _methods(arguments: argparse.Namespace) -> int:
         return 0
     for method, row in zip(METHODS.values(), rows, strict=True):
         needs = ", ".join(need.value for need in sorted(method.needs, key=lambda need: need.value)) or "nothing"
-        parts = " + ".join(filter(None, (method.transform, method.fitter, method.rounder)))
+        parts = " + ".join(method.parts.values())
         print(f"{method.name:<13} {method.stage.value}: {parts}; needs {needs}")
         for name, spec in method.knobs.items():
             print(f"{'':<13} {name} = {spec.default}: {spec.text}")

@@ -38,8 +38,3 @@ def fold(norm: NormView, scale: Tensor) -> Fold:
     if norm.bias is not None:
         tensors[f"{norm.name}.bias"] = torch.where(exact, new_bias, norm.bias)
     return Fold(torch.where(exact, ratio, torch.ones_like(ratio)), tensors)
-
-
-def scaled_hessian(hessian: Tensor, ratio: Tensor) -> Tensor:
-    """`X^T X / n` (d_in, d_in) of inputs divided by `ratio` (d_in,), from that of the inputs."""
-    return hessian / torch.outer(ratio, ratio)

@@ -1,8 +1,9 @@
-"""Runs the parts of a recipe over a site."""
+"""Runs the parts of a recipe over a site: transform, partition, fitter, rounder, compensator, in this order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,26 +11,18 @@ from torch import Tensor
 from methods.formats.format import Format, parse_format
 from methods.formats.numerics import DTYPES, Compressed
 from methods.method import Edit, Need, SiteView, Stats
-from methods.policy import Knob
-from methods.quant.awq import awq
-from methods.quant.feedback import auto_damping, feedback, stacked_rounder
-from methods.quant.fold import Fold, fold, scaled_hessian
+from methods.quant.feedback import feedback, stacked_rounder
 from methods.quant.grid import Grid, payload
-from methods.quant.hqq import hqq
-from methods.quant.minmax import minmax
-from methods.quant.mse import mse
-from methods.quant.nearest import nearest
-from methods.quant.smooth import smooth
+from methods.quant.parts import COMPENSATORS, FITTERS, PARTITIONS, ROUNDERS, TRANSFORMS, damping, side_of
+from methods.quant.task import Change, Knobs, Task
 from methods.recipes.recipe import Recipe
-
-Knobs = Mapping[str, Knob]
 
 
 def run(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], knobs: Knobs) -> Edit:
-    """The edit of a site: transform, fitter and rounder of the recipe, in this order.
+    """The edit of a site.
 
-    Layers that share one `Stats` object are rounded in one sweep: every part treats output rows apart, so that the result is the same.
-    Raises ValueError where the recipe refuses the site, a weight is not finite or a statistic is missing.
+    Layers that share one `Stats` object are compressed as one weight where the recipe stacks: its parts treat output rows apart, so that
+    the result is the same. Raises ValueError where the recipe refuses the site, a weight is not finite or a statistic is missing.
     """
     return run_many(recipe, view, stats, [knobs])[0]
 
@@ -40,9 +33,10 @@ def run_many(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], many: S
     Settings that differ in their format alone go through one feedback sweep, one below the other, with one factorisation.
     """
     checked = [_checked(recipe, view, knobs) for knobs in many]
+    plain = recipe.parts.keys() == {"fitter", "rounder"} and recipe.rounder == "feedback"
     together: dict[str, list[int]] = {}
     for index, knobs in enumerate(checked):
-        alone = recipe.rounder != "feedback" or recipe.transform is not None or parse_format(str(knobs["format"])).dense
+        alone = not plain or parse_format(str(knobs["format"])).dense
         others = sorted((name, value) for name, value in knobs.items() if name != "format")
         together.setdefault(f"{index if alone else ''}{others}", []).append(index)
     edits: dict[int, Edit] = {}
@@ -62,31 +56,61 @@ def _checked(recipe: Recipe, view: SiteView, knobs: Knobs) -> Knobs:
 
 
 def _run(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], many: Sequence[Knobs]) -> list[Edit]:
-    """Edits of settings that differ in their format alone; one setting where the recipe has a transform."""
+    """Edits of settings that differ in their format alone, which only feedback takes together."""
     knobs, formats = many[0], [parse_format(str(own["format"])) for own in many]
     if formats[0].dense:
         return [Edit({name: _cast(name, weight, formats[0]) for name, weight in view.weights.items()})]
-    folded = _transform(recipe, view, stats, formats[0], knobs)
+    change = TRANSFORMS[recipe.transform](view, stats, formats[0], knobs) if recipe.transform else Change()
     linears: list[dict[str, Compressed]] = [{} for _ in many]
-    for names in _sweeps(recipe, view, stats):
-        weight = torch.cat([view.weights[name] for name in names]) * (1.0 if folded is None else folded.ratio)
-        grids = [_FITTERS[str(knobs.get("fitter", recipe.fitter))](weight, fmt, knobs) for fmt in formats]
-        if recipe.rounder == "feedback":
-            hessian = _statistic(stats, names[0], Need.HESSIAN)
-            hessian = hessian if folded is None else scaled_hessian(hessian, folded.ratio)
-            damping = _damping(knobs, stats[names[0]].n_tokens, weight.shape[1])
-            rounder = stacked_rounder(list(zip(formats, grids, strict=True)), weight.shape[1])
-            codes = feedback(weight.repeat(len(formats), 1), hessian, rounder, damping, act_order=bool(knobs["act_order"]))
-            payloads = [payload(own, grid) for own, grid in zip(codes.chunk(len(formats)), grids, strict=True)]
-        else:
-            payloads = [nearest(weight, fmt, grid) for fmt, grid in zip(formats, grids, strict=True)]
+    for names in _sweeps(recipe, view, stats, change):
+        first = names[0]
+        weight = torch.cat([change.weight(name, view.weights[name]) for name in names])
+        inputs = change.stats(first, stats[first]) if first in stats else Stats(0)
+        tasks = [Task(first, view, weight, inputs, fmt, knobs) for fmt in formats]
         rows = [len(view.weights[name]) for name in names]
-        for fmt, parts, result in zip(formats, payloads, linears, strict=True):
-            split = {part: torch.split(tensor, rows) for part, tensor in parts.items()}
-            for index, name in enumerate(names):
-                result[name] = Compressed.of(fmt, {part: tensors[index].clone() for part, tensors in split.items()})
-    tensors = {} if folded is None else folded.tensors
-    return [Edit({name: result[name] for name in view.weights}, tensors) for result in linears]
+        for task, parts, result in zip(tasks, _payloads(recipe, tasks, change), linears, strict=True):
+            split = [parts] if len(names) == 1 else _split(parts, rows)
+            for name, own in zip(names, split, strict=True):
+                result[name] = Compressed.of(task.fmt, own)
+    return [Edit({name: result[name] for name in view.weights}, change.tensors) for result in linears]
+
+
+def _payloads(recipe: Recipe, tasks: Sequence[Task], change: Change) -> list[Mapping[str, Tensor]]:
+    fitter = FITTERS[str(tasks[0].knobs.get("fitter", recipe.fitter))]
+    if len(tasks) > 1:
+        grids = [fitter(task) for task in tasks]
+        return [payload(codes, grid) for codes, grid in zip(_one_sweep(tasks, grids), grids, strict=True)]
+    return [_payload(recipe, tasks[0], change)]
+
+
+def _payload(recipe: Recipe, task: Task, change: Change) -> Mapping[str, Tensor]:
+    fitter = FITTERS[str(task.knobs.get("fitter", recipe.fitter))]
+    if recipe.partition:
+        task = replace(task, kept=PARTITIONS[recipe.partition](task))
+    grid = fitter(task)
+    rounded = ROUNDERS[recipe.rounder](task, grid)
+    parts = payload(rounded.codes, grid if rounded.grid is None else rounded.grid)
+    if task.kept is not None and bool(task.kept.any()):
+        parts.update(side_of(task.kept, task.weight if rounded.values is None else rounded.values))
+    if recipe.compensator:
+        parts.update(COMPENSATORS[recipe.compensator](task, Compressed.of(task.fmt, parts).dense))
+    if task.name in change.turns:
+        parts.update(change.turns[task.name].parts())
+    return parts
+
+
+def _one_sweep(tasks: Sequence[Task], grids: Sequence[Grid]) -> tuple[Tensor, ...]:
+    """The codes of one weight in several formats, from one feedback sweep over copies of it, one below the other."""
+    task = tasks[0]
+    rounder = stacked_rounder([(own.fmt, grid) for own, grid in zip(tasks, grids, strict=True)], task.weight.shape[1])
+    stacked, order = task.weight.repeat(len(tasks), 1), bool(task.knobs["act_order"])
+    return feedback(stacked, task.statistic(Need.HESSIAN), rounder, damping(task), act_order=order).chunk(len(tasks))
+
+
+def _split(parts: Mapping[str, Tensor], rows: list[int]) -> list[dict[str, Tensor]]:
+    """The payload of every layer of a stack."""
+    split = {part: torch.split(tensor, rows) for part, tensor in parts.items()}
+    return [{part: tensors[index].clone() for part, tensors in split.items()} for index in range(len(rows))]
 
 
 def _cast(name: str, weight: Tensor, fmt: Format) -> Compressed:
@@ -96,45 +120,14 @@ def _cast(name: str, weight: Tensor, fmt: Format) -> Compressed:
     return Compressed.of(fmt, {"weight": stored})
 
 
-_FITTERS: Mapping[str, Callable[[Tensor, Format, Knobs], Grid]] = {
-    "minmax": lambda weight, fmt, knobs: minmax(weight, fmt),
-    "mse": lambda weight, fmt, knobs: mse(weight, fmt),
-    "hqq": lambda weight, fmt, knobs: hqq(weight, fmt, int(knobs["iterations"])),
-}
-
-
-def _sweeps(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats]) -> list[list[str]]:
-    """The layers, those together that the rounder may take at once."""
-    if recipe.rounder == "nearest":
+def _sweeps(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], change: Change) -> list[list[str]]:
+    """The layers, those together that may be compressed as one weight."""
+    if not recipe.needs:
         return [[name] for name in view.weights]
     together: dict[int, list[str]] = {}
-    for name in view.weights:
-        _statistic(stats, name, Need.HESSIAN)
-        together.setdefault(id(stats[name]), []).append(name)
+    for index, name in enumerate(view.weights):
+        if name not in stats:
+            raise ValueError(f"no calibration statistics for {name}; they are there for {sorted(stats)}")
+        stacks = recipe.stacks and recipe.rounder != "nearest" and name not in change.turns
+        together.setdefault(id(stats[name]) if stacks else -1 - index, []).append(name)
     return list(together.values())
-
-
-def _transform(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Fold | None:
-    """The recipe's transform of the site's input, folded into the norm; None where the recipe has none."""
-    if recipe.transform is None:
-        return None
-    if view.norm is None:
-        raise ValueError(f"{recipe.name}: the view of {view.site.name} lacks its norm {view.site.norm}")
-    first = next(iter(view.weights))
-    if recipe.transform == "smooth":
-        return fold(view.norm, smooth(view.weights, _statistic(stats, first, Need.ABS_MAX), float(knobs["alpha"])))
-    abs_mean, sample = _statistic(stats, first, Need.ABS_MEAN), _statistic(stats, first, Need.SAMPLE)
-    return fold(view.norm, awq(view.weights, view.norm, abs_mean, sample, fmt))
-
-
-def _damping(knobs: Knobs, n_tokens: int, d_in: int) -> float:
-    return auto_damping(n_tokens, d_in) if knobs["damping"] == "auto" else float(knobs["damping"])
-
-
-def _statistic(stats: Mapping[str, Stats], name: str, need: Need) -> Tensor:
-    if name not in stats:
-        raise ValueError(f"no calibration statistics for {name}; they are there for {sorted(stats)}")
-    value: Tensor | None = getattr(stats[name], need.value)
-    if value is None:
-        raise ValueError(f"the calibration statistics of {name} lack {need.value}; collect what the method's `needs` declares")
-    return value

@@ -1,7 +1,7 @@
 """`awq`: activation-aware scaling, then rounding to nearest. Imports no torch."""
 
 from methods.method import Source
-from methods.recipes.recipe import Recipe
+from methods.recipes.recipe import Recipe, norm_site
 from methods.recipes.rtn import FITTER
 
 AWQ = Recipe(
@@ -13,6 +13,8 @@ AWQ = Recipe(
         "arXiv 2306.00978",
         "section 3.2",
     ),
+    family="transform",
     transform="awq",
+    sites=norm_site,
     knobs={"fitter": FITTER},
 )

@@ -2,7 +2,7 @@
 
 from methods.method import Source
 from methods.recipes.gptq import FEEDBACK_KNOBS
-from methods.recipes.recipe import Recipe
+from methods.recipes.recipe import Recipe, norm_site
 from methods.recipes.rtn import FITTER
 from methods.recipes.smoothquant import ALPHA
 
@@ -10,7 +10,9 @@ AWQ_GPTQ = Recipe(
     name="awq-gptq",
     summary="the scales of awq, then the rounding of gptq on the scaled inputs",
     source=Source("a combination of AWQ and GPTQ, not a published method", 2024, "arXiv 2306.00978 with arXiv 2210.17323"),
+    family="transform",
     transform="awq",
+    sites=norm_site,
     rounder="feedback",
     knobs={"fitter": FITTER, **FEEDBACK_KNOBS},
 )
@@ -21,7 +23,9 @@ SMOOTH_GPTQ = Recipe(
     source=Source(
         "a combination of SmoothQuant and GPTQ, not a published method", 2023, "arXiv 2211.10438 with arXiv 2210.17323"
     ),
+    family="transform",
     transform="smooth",
+    sites=norm_site,
     rounder="feedback",
     knobs={"alpha": ALPHA, "fitter": FITTER, **FEEDBACK_KNOBS},
 )

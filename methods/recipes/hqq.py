@@ -1,7 +1,7 @@
 """`hqq`: a robust fit of float offsets, without data. Imports no torch."""
 
 from methods.method import Source
-from methods.recipes.recipe import KnobSpec, Recipe, offset_format
+from methods.recipes.recipe import KnobSpec, Limit, Recipe, offset_format
 
 HQQ = Recipe(
     name="hqq",
@@ -15,4 +15,5 @@ HQQ = Recipe(
     fitter="hqq",
     knobs={"iterations": KnobSpec(20, low=0, high=100, kind=int)},
     formats=offset_format,
+    limits=(Limit({"iterations": 0}, "rtn", format="w4a16-g48-asym"),),
 )

@@ -14,16 +14,12 @@ from methods.policy import Knob
 if TYPE_CHECKING:
     from methods.method import Stats
 
-Transform = Literal["smooth", "awq"]
-Fitter = Literal["minmax", "mse", "hqq"]
-Rounder = Literal["nearest", "feedback"]
-
 PART_NEEDS: Mapping[str, frozenset[Need]] = {
     "smooth": frozenset({Need.ABS_MAX}),
     "awq": frozenset({Need.ABS_MEAN, Need.SAMPLE}),
     "feedback": frozenset({Need.HESSIAN}),
 }
-"""The statistics that a part reads; parts that are not here read none."""
+"""The statistics that a part reads; parts that are not here read none. The parts themselves are in `methods.quant.parts`."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,18 @@ def any_format(fmt: Format) -> str | None:
     return None
 
 
+def any_site(site: Site, knobs: Mapping[str, Knob]) -> str | None:
+    """Every site."""
+    return None
+
+
+def norm_site(site: Site, knobs: Mapping[str, Knob]) -> str | None:
+    """Sites that follow a norm which a scale can fold into."""
+    return (
+        None if site.norm else f"{site.name} follows no norm of its own that its scale could fold into; use rtn or gptq there"
+    )
+
+
 def integer_format(fmt: Format) -> str | None:
     """Formats with an integer grid."""
     return f"{fmt.name} has no grid to fit; use rtn to store a dense dtype" if fmt.dense else None
@@ -68,31 +76,64 @@ def offset_format(fmt: Format) -> str | None:
     return integer_format(fmt) or (f"{fmt.name} has no offset to solve for; use {fmt.name}-asym" if fmt.symmetric else None)
 
 
+Family = Literal["rounding", "transform", "partition", "format", "activation", "compensation"]
+"""What a recipe is about, for listings."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Settings at which a recipe is exactly another one, in every code: the tests hold it to that.
+
+    knobs: of this recipe; method, with_knobs: the other; format: of both, where the identity needs a certain one.
+    """
+
+    knobs: Mapping[str, Knob]
+    method: str
+    with_knobs: Mapping[str, Knob] = field(default_factory=dict)
+    format: str = "w4a16-g48"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A named method. It fulfils the protocol `methods.method.Method`; torch is imported when `apply` runs.
 
-    fitter: of the grid, unless the recipe has a knob `fitter`. knobs: all but `format`, which every quantizing recipe requires.
-    formats: why a format is refused, or None. simulated: no kernel runs what the recipe computes, so that its latency is that of
-    what it really runs.
+    transform, partition, fitter, rounder, compensator, learner: names of parts in `methods.quant.parts`, "" for none; a knob named
+    `fitter` chooses that one. stacks: layers that share their inputs may be compressed as one weight, row below row.
+    knobs: all but `format`, which every quantizing recipe requires. formats: why a format is refused, or None. sites: likewise for a site.
+    side_bits: stored bits a weight beside the grid, (d_out, d_in, knobs) -> bits, for what the recipe keeps there at most.
+    simulated: why no kernel runs what the recipe stores, so that it has no latency of its own; "" where the format's kernels do.
     """
 
     name: str
     summary: str
     source: Source
+    family: Family = "rounding"
     stage: Stage = Stage.QUANTIZE
-    transform: Transform | None = None
-    fitter: Fitter = "minmax"
-    rounder: Rounder = "nearest"
+    transform: str = ""
+    partition: str = ""
+    fitter: str = "minmax"
+    rounder: str = "nearest"
+    compensator: str = ""
+    learner: str = ""
+    stacks: bool = True
     knobs: Mapping[str, KnobSpec] = field(default_factory=dict)
     formats: Callable[[Format], str | None] = integer_format
-    simulated: bool = False
+    sites: Callable[[Site, Mapping[str, Knob]], str | None] = any_site
+    side_bits: Callable[[int, int, Mapping[str, Knob]], float] | None = None
+    simulated: str = ""
+    limits: tuple[Limit, ...] = ()
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The parts by slot, in the order in which they run; empty slots and the plain defaults of a cast are left out."""
+        slots = ("transform", "partition", "fitter", "rounder", "compensator", "learner")
+        return {slot: part for slot in slots if (part := str(getattr(self, slot)))}
 
     @property
     def needs(self) -> frozenset[Need]:
         """The statistics of the parts."""
         none: frozenset[Need] = frozenset()
-        return PART_NEEDS.get(self.transform or "", none) | PART_NEEDS.get(self.rounder, none)
+        return none.union(*(PART_NEEDS.get(part, none) for part in self.parts.values()))
 
     def resolve(self, knobs: Mapping[str, Knob]) -> dict[str, Knob]:
         """The knobs with defaults filled in; raises ValueError naming what is allowed for an unknown knob, value or format."""
@@ -118,10 +159,9 @@ class Recipe:
         reason = self.formats(fmt)
         if not reason and fmt.dense and len(knobs) > 1:
             reason = f"{fmt.name} is a cast, on which {', '.join(sorted(set(knobs) - {'format'}))} has no effect"
+        reason = reason or self.sites(site, resolved)
         if reason:
             return f"{self.name}: {reason}"
-        if self.transform and site.norm is None:
-            return f"{self.name}: {site.name} follows no norm of its own that its scale could fold into; use rtn or gptq there"
         if not fmt.divides(site.d_in):
             return f"{self.name}: group={fmt.group} of {fmt.name} does not divide d_in={site.d_in} of {site.name}"
         return None
@@ -132,7 +172,9 @@ class Recipe:
         if reason:
             raise ValueError(reason)
         fmt = parse_format(str(knobs["format"]) if self.stage is Stage.QUANTIZE else dtype)
-        return Plan(fmt, Cost(fmt.bits_per_weight(site.d_in)))
+        resolved = self.resolve(knobs)
+        beside = 0.0 if self.side_bits is None else self.side_bits(site.d_out, site.d_in, resolved)
+        return Plan(fmt, Cost(fmt.bits_per_weight(site.d_in) + beside), self.simulated)
 
     def apply(self, view: SiteView, stats: Mapping[str, Stats], knobs: Mapping[str, Knob]) -> Edit:
         """The edit of a site; raises ValueError where the recipe refuses it or a statistic is missing."""

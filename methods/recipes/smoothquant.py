@@ -1,7 +1,7 @@
 """`smoothquant`: shares the range between inputs and weights. Imports no torch."""
 
 from methods.method import Source
-from methods.recipes.recipe import KnobSpec, Recipe
+from methods.recipes.recipe import KnobSpec, Recipe, norm_site
 from methods.recipes.rtn import FITTER
 
 ALPHA = KnobSpec(0.5, low=0.0, high=1.0)
@@ -15,6 +15,8 @@ SMOOTHQUANT = Recipe(
         "arXiv 2211.10438",
         "eq. 4",
     ),
+    family="transform",
     transform="smooth",
+    sites=norm_site,
     knobs={"alpha": ALPHA, "fitter": FITTER},
 )

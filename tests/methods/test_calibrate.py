@@ -78,6 +78,7 @@ def test_statistics_are_those_of_the_layers_inputs(arch):
         assert torch.allclose(stats.hessian.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-5)
         assert torch.allclose(stats.abs_max.double(), x.abs().amax(0), atol=1e-5)
         assert torch.allclose(stats.abs_mean.double(), x.abs().mean(0), atol=1e-5)
+        assert torch.allclose(stats.range.double(), torch.stack(x.aminmax(dim=0)), atol=1e-5)
         assert torch.allclose(stats.sample.double(), x, atol=1e-5)
         assert {t.dtype for t in (stats.hessian, stats.abs_max, stats.abs_mean, stats.sample)} == {torch.float32}
 

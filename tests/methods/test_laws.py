@@ -18,6 +18,7 @@ from methods.formats.packing import pack, packed_bytes
 from methods.method import Need, NormView, SiteView, Stage, Stats
 from methods.model.structure import LayerSpec, Site
 from methods.policy import DENSE, Decision
+from methods.recipes.recipe import Limit
 
 D_IN = 144
 LAYERS = (LayerSpec("q", "q", 0, D_IN, 13), LayerSpec("k", "k", 0, D_IN, 5), LayerSpec("v", "v", 0, D_IN, 6))
@@ -56,7 +57,13 @@ def view(dtype: torch.dtype = torch.float32) -> SiteView:
 
 def statistics(**replaced: torch.Tensor) -> dict[str, Stats]:
     x = random(800, 40, seed=9) @ random(40, D_IN, seed=10) * random(D_IN, seed=11) + 0.3 * random(800, D_IN, seed=12)
-    values = {"hessian": x.T @ x / len(x), "abs_max": x.abs().amax(0), "abs_mean": x.abs().mean(0), "sample": x[:200]}
+    values = {
+        "hessian": x.T @ x / len(x),
+        "abs_max": x.abs().amax(0),
+        "abs_mean": x.abs().mean(0),
+        "range": torch.stack(x.aminmax(dim=0)),
+        "sample": x[:200],
+    }
     shared = Stats(len(x), **{**values, **replaced})
     return {layer.name: shared for layer in LAYERS}
 
@@ -111,7 +118,11 @@ def test_approximates_the_layer(name: str, fmt: str) -> None:
 def test_is_deterministic_and_leaves_its_inputs_alone(name: str, fmt: str) -> None:
     site, stats = view(), statistics()
     assert site.norm is not None
-    inputs = {**site.weights, "norm": site.norm.weight, **{k: v for k, v in vars(stats["q"]).items() if k != "n_tokens"}}
+    inputs = {
+        **site.weights,
+        "norm": site.norm.weight,
+        **{k: v for k, v in vars(stats["q"]).items() if isinstance(v, torch.Tensor)},
+    }
     before = copies(inputs)
     first, second = (apply(site, stats, Decision.of(name, format=fmt)) for _ in range(2))
     assert all(torch.equal(before[key], tensor) for key, tensor in inputs.items())
@@ -271,6 +282,18 @@ def test_refusals_give_a_reason(decision: Decision, message: str) -> None:
         plan(SITE, decision)
     with pytest.raises(ValueError, match=message):
         apply(view(), statistics(), decision)
+
+
+LIMITS = [(name, limit) for name, recipe in METHODS.items() for limit in recipe.limits]
+
+
+@pytest.mark.parametrize(("name", "limit"), LIMITS, ids=[f"{name}-{limit.method}" for name, limit in LIMITS])
+def test_limit_settings_are_the_simpler_method(name: str, limit: Limit) -> None:
+    site, stats = view(), statistics()
+    special = apply(site, stats, Decision.of(name, format=limit.format, **limit.knobs))
+    simpler = apply(site, stats, Decision.of(limit.method, format=limit.format, **limit.with_knobs))
+    for layer, compressed in special.linears.items():
+        assert torch.equal(compressed.dense, simpler.linears[layer].dense)
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in METHODS.items() if recipe.transform])

@@ -6,13 +6,14 @@ import torch
 from methods.apply import Installer, site_view
 from methods.formats.format import parse_format
 from methods.formats.numerics import Compressed, decode, quantize_activation
-from methods.method import Edit, NormView
+from methods.method import Edit, NormView, Stats
 from methods.model.describe import describe
 from methods.quant.awq import awq
-from methods.quant.fold import fold, scaled_hessian
+from methods.quant.fold import fold
 from methods.quant.minmax import minmax
 from methods.quant.nearest import nearest
 from methods.quant.smooth import smooth
+from methods.quant.task import scaled
 from tests.tiny import tiny_model, tiny_tokens
 
 D_IN = 144
@@ -79,7 +80,7 @@ def test_fold_of_ones_changes_nothing() -> None:
 
 def test_scaled_hessian_is_that_of_scaled_inputs() -> None:
     x, ratio = random(50, D_IN).double(), torch.exp(random(D_IN, seed=1).double())
-    torch.testing.assert_close(scaled_hessian(x.T @ x, ratio), (x / ratio).T @ (x / ratio))
+    torch.testing.assert_close(scaled(Stats(3, hessian=x.T @ x), ratio).hessian, (x / ratio).T @ (x / ratio))
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma", "gpt2", "opt"])
