@@ -58,6 +58,8 @@ def _checked(recipe: Recipe, view: SiteView, knobs: Knobs) -> Knobs:
 def _run(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], many: Sequence[Knobs]) -> list[Edit]:
     """Edits of settings that differ in their format alone, which only feedback takes together."""
     knobs, formats = many[0], [parse_format(str(own["format"])) for own in many]
+    if recipe.needs:
+        stats = _declared(recipe, view, stats)
     if formats[0].dense:
         return [Edit({name: _cast(name, weight, formats[0]) for name, weight in view.weights.items()})]
     change = TRANSFORMS[recipe.transform](view, stats, formats[0], knobs) if recipe.transform else Change()
@@ -120,14 +122,23 @@ def _cast(name: str, weight: Tensor, fmt: Format) -> Compressed:
     return Compressed.of(fmt, {"weight": stored})
 
 
+def _declared(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats]) -> Mapping[str, Stats]:
+    """The statistics that the recipe declares and no others, so that none is read by accident; shared objects stay shared."""
+    kept: dict[int, Stats] = {}
+    for name in view.weights:
+        if name not in stats:
+            raise ValueError(f"no calibration statistics for {name}; they are there for {sorted(stats)}")
+        own = stats[name]
+        kept.setdefault(id(own), Stats(own.n_tokens, **{need.value: getattr(own, need.value) for need in recipe.needs}))
+    return {name: kept[id(stats[name])] for name in view.weights}
+
+
 def _sweeps(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], change: Change) -> list[list[str]]:
     """The layers, those together that may be compressed as one weight."""
     if not recipe.needs:
         return [[name] for name in view.weights]
     together: dict[int, list[str]] = {}
     for index, name in enumerate(view.weights):
-        if name not in stats:
-            raise ValueError(f"no calibration statistics for {name}; they are there for {sorted(stats)}")
         stacks = recipe.stacks and recipe.rounder != "nearest" and name not in change.turns
         together.setdefault(id(stats[name]) if stacks else -1 - index, []).append(name)
     return list(together.values())
