@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from methods.formats.format import Format
+from methods.formats.sides import SIDE_DTYPE
 from methods.quant.grid import Grid
+from methods.quant.task import Rounded
 
 logger = logging.getLogger(__name__)
 
@@ -22,20 +24,35 @@ _TRIES = 12
 
 
 def feedback(
-    weight: Tensor, hessian: Tensor, round_column: RoundColumn, damping: float, *, act_order: bool = True, block: int = BLOCK
-) -> Tensor:
+    weight: Tensor,
+    hessian: Tensor,
+    round_column: RoundColumn,
+    damping: float,
+    *,
+    act_order: bool = True,
+    block: int = BLOCK,
+    kept: Tensor | None = None,
+    drift: Tensor | None = None,
+) -> Rounded:
     """Codes (d_out, d_in) uint8 that keep `trace(E H E^T)` of the error E small, with H = hessian + damping * mean(diag) * I.
 
     weight: (d_out, d_in) fp32 or fp64, whose dtype the sweep computes in; hessian: (d_in, d_in), `X^T X / n`.
     act_order: columns of large diag(H) first. A column's grid must be known before the sweep (static groups), so that `round_column`
     depends on nothing that is rounded. Inputs that were never seen carry no feedback: their columns round to nearest.
+    kept: (d_out, d_in) bool, elements off the grid. Each takes up the errors before its turn and then keeps its value, as bf16 stores
+    it, whose error goes on like any other; `values` of the result holds it, and their codes mean nothing. Columns kept whole come last.
+    drift: (d_in, d_in), `(X_dense - X)^T X / n`: what the inputs have lost is made up for, too (`pull`).
     GPTQ (Frantar 2023), algorithm 1, with lazy updates of `block` columns. Deviation: dead columns are rounded, not zeroed.
     """
     d_out, d_in = weight.shape
-    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(d_in)
-    upper = inverse_factor(hessian[order][:, order], damping).to(weight.dtype)
+    order = _order(hessian, act_order, kept)
+    factor = inverse_factor(hessian[order][:, order], damping)
+    drawn = None if drift is None else pull(drift[order][:, order], factor).to(weight.dtype)
+    upper = factor.to(weight.dtype)
     pivots = upper.diagonal().tolist()
     columns = weight.T[order]
+    held = None if kept is None else kept.T[order]
+    values = None if held is None else torch.empty_like(columns)
     codes = torch.empty_like(columns)
     errors = torch.empty(min(block, d_in), d_out, dtype=weight.dtype)
     places = order.tolist()
@@ -45,12 +62,40 @@ def feedback(
             column = columns[i]
             code, value = round_column(column, places[i])
             codes[i] = code
+            if held is not None and values is not None:
+                value = values[i] = torch.where(held[i], column.to(SIDE_DTYPE).to(column.dtype), value)
             error = torch.sub(column, value, out=errors[i - start]).div_(pivots[i])
             columns[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
+            if drawn is not None:
+                columns[i + 1 : stop].addr_(drawn[i, i + 1 : stop], column)
         columns[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
-    result = torch.empty(d_in, d_out, dtype=torch.uint8)
-    result[order] = codes.to(torch.uint8)
+        if drawn is not None:
+            columns[stop:].addmm_(drawn[start:stop, stop:].T, columns[start:stop])
+    return Rounded(_placed(codes.to(torch.uint8), order), None if values is None else _placed(values.float(), order))
+
+
+def _order(hessian: Tensor, act_order: bool, kept: Tensor | None) -> Tensor:
+    """The columns (d_in,) in the order of the sweep."""
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian))
+    return order if kept is None else order[kept.all(0)[order].to(torch.uint8).argsort(stable=True)]
+
+
+def _placed(columns: Tensor, order: Tensor) -> Tensor:
+    """(d_in, d_out) in the order of the sweep -> (d_out, d_in) in the order of the weight."""
+    result = torch.empty_like(columns)
+    result[order] = columns
     return result.T.contiguous()
+
+
+def pull(drift: Tensor, factor: Tensor) -> Tensor:
+    """P (d_in, d_in), strictly upper triangular, fp64: column q of value w adds `w * P[q, j]` to the columns j > q still to come.
+
+    drift: (d_in, d_in), `dX^T X / n` with dX = X_dense - X; factor: `inverse_factor` U of H, both in the order of the sweep.
+    Row q is `dX_q X_F^T (H_FF)^-1` for the columns F after q: what F must add so that their part of the output is that which `w dX_q`
+    had. With `(H_FF)^-1 = U_FF^T U_FF`, all rows at once are the strict upper triangle of `drift U^T`, times U.
+    GPTAQ (Li 2025), equation for P after theorem 4.2.
+    """
+    return (drift.double() @ factor.T).triu_(1) @ factor
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:

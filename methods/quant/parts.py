@@ -44,10 +44,9 @@ def _awq(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) 
 
 
 def _feedback(task: Task, grid: Grid) -> Rounded:
-    d_in = task.weight.shape[1]
-    rounder = stacked_rounder([(task.fmt, grid)], d_in)
-    codes = feedback(task.weight, task.statistic(Need.HESSIAN), rounder, damping(task), act_order=bool(task.knobs["act_order"]))
-    return Rounded(codes)
+    rounder = stacked_rounder([(task.fmt, grid)], task.weight.shape[1])
+    hessian, act_order = task.statistic(Need.HESSIAN), bool(task.knobs["act_order"])
+    return feedback(task.weight, hessian, rounder, damping(task), act_order=act_order, kept=task.kept)
 
 
 def damping(task: Task) -> float:

@@ -106,7 +106,7 @@ def _one_sweep(tasks: Sequence[Task], grids: Sequence[Grid]) -> tuple[Tensor, ..
     task = tasks[0]
     rounder = stacked_rounder([(own.fmt, grid) for own, grid in zip(tasks, grids, strict=True)], task.weight.shape[1])
     stacked, order = task.weight.repeat(len(tasks), 1), bool(task.knobs["act_order"])
-    return feedback(stacked, task.statistic(Need.HESSIAN), rounder, damping(task), act_order=order).chunk(len(tasks))
+    return feedback(stacked, task.statistic(Need.HESSIAN), rounder, damping(task), act_order=order).codes.chunk(len(tasks))
 
 
 def _split(parts: Mapping[str, Tensor], rows: list[int]) -> list[dict[str, Tensor]]:
@@ -123,14 +123,20 @@ def _cast(name: str, weight: Tensor, fmt: Format) -> Compressed:
 
 
 def _declared(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats]) -> Mapping[str, Stats]:
-    """The statistics that the recipe declares and no others, so that none is read by accident; shared objects stay shared."""
-    kept: dict[int, Stats] = {}
+    """The statistics that the recipe declares and no others, so that none is read by accident.
+
+    Layers for which all of them are the same tensors share one object, whatever else is known of each.
+    """
+    kept: dict[tuple[int, ...], Stats] = {}
+    result = {}
     for name in view.weights:
         if name not in stats:
             raise ValueError(f"no calibration statistics for {name}; they are there for {sorted(stats)}")
         own = stats[name]
-        kept.setdefault(id(own), Stats(own.n_tokens, **{need.value: getattr(own, need.value) for need in recipe.needs}))
-    return {name: kept[id(stats[name])] for name in view.weights}
+        declared = {need.value: getattr(own, need.value) for need in recipe.needs}
+        key = tuple(id(value) for value in declared.values())
+        result[name] = kept.setdefault(key, Stats(own.n_tokens, **declared))
+    return result
 
 
 def _sweeps(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], change: Change) -> list[list[str]]:

@@ -64,9 +64,10 @@ def statistics(**replaced: torch.Tensor) -> dict[str, Stats]:
         "abs_mean": x.abs().mean(0),
         "range": torch.stack(x.aminmax(dim=0)),
         "sample": x[:200],
+        "drift": (0.1 * random(800, D_IN, seed=13)).T @ x / len(x),
     }
     shared = Stats(len(x), **{**values, **replaced})
-    return {layer.name: shared for layer in LAYERS}
+    return {layer.name: replace(shared, fisher=random(layer.d_out, D_IN, seed=14).square()) for layer in LAYERS}
 
 
 def copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -145,19 +146,23 @@ def legal_format(name: str) -> str:
     return next(fmt for method, fmt in CASES if method == name and not parse_format(fmt).dense)
 
 
+def only(stats: Stats, needs: frozenset[Need]) -> Stats:
+    return Stats(stats.n_tokens, **{need.value: getattr(stats, need.value) for need in needs})
+
+
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_reads_exactly_the_statistics_it_declares(name: str) -> None:
-    recipe, full = METHODS[name], statistics()["q"]
+    recipe = METHODS[name]
     decision = Decision.of(name, format=legal_format(name))
     everything = apply(view(), statistics(), decision)
-    declared = Stats(full.n_tokens, **{need.value: getattr(full, need.value) for need in recipe.needs})
-    enough = apply(view(), {layer.name: declared for layer in LAYERS}, decision)
+    declared = {name: only(own, recipe.needs) for name, own in statistics().items()}
+    enough = apply(view(), declared, decision)
     for layer, compressed in enough.linears.items():
         assert torch.equal(compressed.dense, everything.linears[layer].dense)
     for need in recipe.needs:
-        lacking = replace(declared, **{need.value: None})
+        lacking = {name: only(own, recipe.needs - {need}) for name, own in statistics().items()}
         with pytest.raises(ValueError, match=f"lack {need.value}"):
-            apply(view(), {layer.name: lacking for layer in LAYERS}, decision)
+            apply(view(), lacking, decision)
 
 
 @pytest.mark.parametrize("name", [name for name, recipe in METHODS.items() if recipe.needs])
