@@ -112,7 +112,7 @@ def measured_entries(folder: Path, answer: Answer) -> list[Entry]:
                 group = "chosen"
             else:
                 group = "baseline" if finalist.simple else "search"
-            entries[finalist.policy.key()] = Entry(candidate(finalist), group)
+            entries[finalist.policy.key()] = Entry(candidate(finalist), group, rescaled=source is not answer)
     result = list(entries.values())
     if answer.best is not None and not answer.best.policy.sites:
         result.append(Entry(replace(candidate(answer.best), name="dense, the answer"), "chosen"))

@@ -17,10 +17,14 @@ Verdict = Literal["met", "not met", "unvalidated"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A candidate and what it stands for in the report: the dense model, the answer, a simple policy, or another of the search."""
+    """A candidate and what it stands for in the report: the dense model, the answer, a simple policy, or another of the search.
+
+    rescaled: it was timed in another run of the study; its latency is its ratio to the dense model there times the dense latency here.
+    """
 
     candidate: Candidate
     group: Group
+    rescaled: bool = False
 
 
 @dataclass(frozen=True)

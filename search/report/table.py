@@ -104,7 +104,7 @@ def _row(entry: Entry, scores: Sequence[str]) -> dict[str, Cell]:
         "kl_nats": c.kl,
         "kl_stderr": None if c.fidelity is Fidelity.PREDICTED else c.kl_stderr,
         "size_bytes": c.size_bytes,
-        "label": f"{c.fidelity.value}, {c.role}" if c.role else c.fidelity.value,
+        "label": ", ".join(filter(None, (c.fidelity.value, c.role, "ratio of another run" if entry.rescaled else ""))),
     }
     return {**row, **{name: c.scores.get(name) for name in scores}}
 

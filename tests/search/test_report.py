@@ -264,3 +264,9 @@ def test_candidate_tables() -> None:
     assert "measured, report" in lines[2]
     row = predicted_table(data().predicted).json()[0]
     assert row["kl_stderr"] is None and row["label"] == "predicted" and row["size_bytes"] == 4 * 2**20
+
+
+def test_a_latency_that_another_run_measured_says_so() -> None:
+    own, other = Entry(candidate("own", 0.1, 5.0), "search"), Entry(candidate("other", 0.2, 4.0), "search", rescaled=True)
+    labels = {row["name"]: row["label"] for row in candidate_table([own, other]).rows}
+    assert labels == {"own": "measured, report", "other": "measured, report, ratio of another run"}
