@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from methods.atomic import write_text
-from methods.policy import Policy
 from predictors.intervals import normal_interval
 from predictors.loss import PredictorReport
 from search.config import RunConfig
@@ -18,7 +17,7 @@ from search.finalists import DENSE_NAME, Finalist
 from search.frontier import Candidate, Fidelity, frontier, write_csv
 from search.prepared import Prepared
 from search.report import content
-from search.report.content import DataUse, Entry, Guard, LatencyFit, ReportData, layer_map
+from search.report.content import DataUse, Entry, Guard, LatencyFit, ReportData
 from search.report.page import write_page
 from search.report.picture import write_picture
 from search.report.table import candidate_table
@@ -169,7 +168,6 @@ def predicted_curve(prepared: Prepared, n: int = 16) -> list[Candidate]:
 def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunConfig) -> ReportData:
     """The report of one answer in the light of the whole study."""
     entries = measured_entries(folder, answer)
-    shown = answer.best.policy if answer.best else Policy()
     map_ = prepared.map
     generated = any(use["generated"] for use in prepared.data.values())
     return ReportData(
@@ -180,7 +178,8 @@ def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunCon
         verdict="met" if answer.verdict == "met" else "not met",
         measured=tuple(entries),
         predicted=tuple(predicted_curve(prepared)),
-        layer_map=layer_map(shown, [(s.name, s.kind, s.block) for s in prepared.sites], prepared.sites[0].options[0].format),
+        sites=tuple((site.name, site.kind, site.block) for site in prepared.sites),
+        dense_format=prepared.sites[0].options[0].format,
         guard=guard(answer),
         latency_fit=LatencyFit(
             f"T = {map_.b0:.3g} ms + {map_.b1:.3g} × sum of the sites' kernel times",

@@ -86,7 +86,8 @@ class ReportData:
     """Everything a report says.
 
     measured: entries of one kind of knowledge (normally MEASURED), the dense model and the chosen policy among them;
-    predicted: the solver's curve, all PREDICTED; perplexity_note: why no perplexity is reported, "" where it is (as the score
+    predicted: the solver's curve, all PREDICTED; sites: (name, kind, block) in the order of computation; dense_format: of what is not
+    decided; perplexity_note: why no perplexity is reported, "" where it is (as the score
     `perplexity` of the entries); shadow_price: nats per token for one more ms; cost, provenance: (what, how much) in words;
     notes: what a reader must know before believing a number (contended machine, stored table, fallbacks).
     """
@@ -98,7 +99,8 @@ class ReportData:
     verdict: Verdict
     measured: tuple[Entry, ...]
     predicted: tuple[Candidate, ...]
-    layer_map: LayerMap
+    sites: tuple[tuple[str, str, int], ...]
+    dense_format: str
     guard: Guard | None
     latency_fit: LatencyFit | None
     predictor: PredictorReport | None
@@ -124,6 +126,15 @@ class ReportData:
     def chosen(self) -> Candidate | None:
         """The answer, which may be a simple policy or the dense model's; None where nothing meets the objective."""
         return next((entry.candidate for entry in self.measured if entry.group == "chosen"), None)
+
+    @property
+    def layer_map(self) -> LayerMap:
+        """What the answer decides where; all dense where there is none."""
+        return self.map_of(self.chosen.policy if self.chosen else Policy())
+
+    def map_of(self, policy: Policy) -> LayerMap:
+        """What a policy decides where."""
+        return layer_map(policy, self.sites, self.dense_format)
 
     @property
     def dense(self) -> Candidate:

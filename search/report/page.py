@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML page: no network, no script."""
+"""The report as one self-contained HTML page: no network, and complete without its script."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from methods.atomic import write_text
 from methods.formats.format import parse_format
 from search.report.content import LayerMap, ReportData, answer, guard_words
+from search.report.explorer import Look, explorer
 from search.report.picture import draw
 from search.report.table import Table, candidate_table, predicted_table
 
@@ -35,7 +36,12 @@ tr.chosen td { background: #e8f5f0; font-weight: 600; }
 .map thead th { padding: 0; } .map td.none { background: none; }
 .key { display: inline-block; margin: 8px 18px 0 0; font-size: 13px; } .key i { display: inline-block; width: 14px; height: 14px;
   margin-right: 6px; vertical-align: -2px; }
-@media print { body { background: none; } main { border: 0; margin: 0; padding: 0; max-width: none; } }
+.controls { display: flex; flex-wrap: wrap; gap: 8px 28px; }
+.controls label { display: flex; align-items: center; gap: 8px; font-size: 14px; }
+.controls input[type=range] { width: 200px; } .controls select { max-width: 260px; } #plot svg { width: 100%; max-width: 760px; }
+#plot text { font-size: 12px; fill: var(--soft); } #plot circle { cursor: pointer; }
+@media (max-width: 640px) { main { margin: 0; padding: 16px; border: 0; } .controls label { flex-wrap: wrap; } }
+@media print { .controls, #best { display: none; } body { background: none; } main { border: 0; margin: 0; padding: 0; max-width: none; } }
 """
 
 # Cividis-like steps, dark for few bits: an order that survives any colour vision and a grey printer.
@@ -55,7 +61,8 @@ def page(data: ReportData) -> str:
         ),
         _section("Measured", _measured(data)),
         _section("Against the simple policies", f"<p>{escape(guard_words(data.guard))}</p>") if data.guard else "",
-        _section("What was decided where", _map(data.layer_map)),
+        _section("What was decided where", _map(data.layer_map, _look(data))),
+        _section("Study the trade-off", explorer(data, _look(data))),
         _section("Predicted, not measured", _predicted(data)) if data.predicted else "",
         _section("How far the models can be trusted", _errors(data)),
         _section("Data", _data(data)),
@@ -160,34 +167,46 @@ def _correlation(value: float | None) -> str:
     return "not known" if value is None else f"{value:.2f}"
 
 
-def _map(layers: LayerMap) -> str:
+def _look(data: ReportData) -> Look:
+    """How the formats of the study look: the narrower, the darker."""
+    policies = [*(entry.candidate.policy for entry in data.measured), *(candidate.policy for candidate in data.predicted)]
+    maps = [data.map_of(policy) for policy in policies]
+    names = sorted({name for layers in maps for row in layers.cells.values() for name in row.values()}, key=_bits)
+    step = (len(_RAMP) - 1) / max(len(names) - 1, 1)
+    colours = {name: _RAMP[round(place * step)] for place, name in enumerate(names)}
+
+    def look(name: str) -> tuple[str, str, str]:
+        background = colours[name]
+        red, green, blue = (int(background[k : k + 2], 16) for k in (1, 3, 5))
+        ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else "#1f2430"
+        return background, ink, f"{_bits(name)[0]:g}" if _bits(name)[0] < float("inf") else ""
+
+    return look
+
+
+def _map(layers: LayerMap, look: Look) -> str:
     """A grid of kinds by blocks; the colour and the number say how many bits a weight has, the tooltip names the format."""
     names = sorted({name for row in layers.cells.values() for name in row.values()}, key=_bits)
-    places = [round(k * (len(_RAMP) - 1) / max(len(names) - 1, 1)) for k in range(len(names))] if len(names) > 1 else [0]
-    colour = {name: _RAMP[place] for name, place in zip(names, places, strict=True)}
     head = "".join(f"<th>{block if block % 5 == 0 else ''}</th>" for block in range(layers.n_blocks))
     rows = "".join(
         f"<tr><th>{escape(kind)}</th>"
-        + "".join(_cell(layers.cells[kind].get(b), b, colour) for b in range(layers.n_blocks))
+        + "".join(_cell(layers.cells[kind].get(b), b, look) for b in range(layers.n_blocks))
         + "</tr>"
         for kind in layers.kinds
     )
     counts = {name: sum(own == name for row in layers.cells.values() for own in row.values()) for name in names}
     keys = "".join(
-        f'<span class="key"><i style="background:{colour[name]}"></i>{escape(name)} ({counts[name]})</span>' for name in names
+        f'<span class="key"><i style="background:{look(name)[0]}"></i>{escape(name)} ({counts[name]})</span>' for name in names
     )
     grid = f'<table class="map"><thead><tr><th>block</th>{head}</tr></thead><tbody>{rows}</tbody></table>'
     return f'<div class="scroll">{grid}</div><p>{keys}</p>'
 
 
-def _cell(name: str | None, block: int, colour: dict[str, str]) -> str:
+def _cell(name: str | None, block: int, look: Look) -> str:
     if name is None:
         return '<td class="none"></td>'
-    background = colour[name]
-    red, green, blue = (int(background[k : k + 2], 16) for k in (1, 3, 5))
-    ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 140 else "#1f2430"
+    background, ink, bits = look(name)
     title = escape(f"block {block}: {name}", quote=True)
-    bits = f"{_bits(name)[0]:g}" if _bits(name)[0] < float("inf") else ""
     return f'<td style="background:{background};color:{ink}" title="{title}">{bits}</td>'
 
 

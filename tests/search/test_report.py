@@ -13,7 +13,7 @@ from methods.policy import Decision, Policy
 from predictors.intervals import Interval
 from predictors.loss import PredictorReport
 from search.frontier import Candidate, Fidelity, MixedKnowledge
-from search.report.content import DataUse, Entry, Guard, LatencyFit, LayerMap, Objective, ReportData, answer, layer_map
+from search.report.content import DataUse, Entry, Guard, LatencyFit, Objective, ReportData, answer
 from search.report.page import page, write_page
 from search.report.picture import draw, write_picture
 from search.report.table import Column, Table, candidate_table, predicted_table
@@ -58,7 +58,8 @@ def data(**other: Any) -> ReportData:
             Entry(candidate(f"uniform {EVIL}", 0.4, 5.7), "baseline"),
         ),
         "predicted": (predicted(0.5, 4.0), predicted(0.1, 7.0)),
-        "layer_map": layer_map(POLICY, SITES, "bf16"),
+        "sites": tuple(SITES),
+        "dense_format": "bf16",
         "guard": Guard(True, "uniform w4", Interval(-0.2, -0.3, -0.1), 12),
         "latency_fit": LatencyFit("T = 1.2 + 1.1 · kernels", 12, 0.01, 0.025, 0.9),
         "predictor": PredictorReport(40, 0.97, 0.95, None, 0, 0.08, 0.925, 0.9, ("lightgbm", "affine")),
@@ -79,19 +80,22 @@ class Reader(HTMLParser):
         self.stack: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.words = ""
+        self.scripts: list[str] = []
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "input"):
             self.stack.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.stack.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if "style" not in self.stack:
+        if "script" in self.stack:
+            self.scripts.append(data)
+        elif "style" not in self.stack:
             self.words += data + "\n"
 
 
@@ -103,7 +107,8 @@ def reader() -> Reader:
 def test_the_page_is_whole_and_self_contained(reader: Reader) -> None:
     assert reader.stack == []
     names = {tag for tag, _ in reader.tags}
-    assert not names & {"script", "link", "iframe", "object"}
+    assert not names & {"link", "iframe", "object"}
+    assert all("src" not in attributes for tag, attributes in reader.tags if tag == "script")
     for _, attributes in reader.tags:
         assert "href" not in attributes
         assert not any(name.startswith("on") for name in attributes)
@@ -113,7 +118,7 @@ def test_the_page_is_whole_and_self_contained(reader: Reader) -> None:
 
 def test_what_comes_from_outside_is_escaped(reader: Reader) -> None:
     text = page(data())
-    assert EVIL not in text and "<script" not in text
+    assert EVIL not in text and text.count("<script") == 2 and 'alert("x")</script>' not in text
     assert reader.words.count(EVIL) >= 5
 
 
@@ -153,8 +158,24 @@ def test_the_map_shows_every_site(reader: Reader) -> None:
         if tag == "td" and "title" in attributes
     }
     assert len(set(colours.values())) == 3
-    text = page(data(layer_map=LayerMap(("o",), 2, {"o": {1: "lowrank"}})))
-    assert "lowrank (1)" in text and 'class="none"' in text
+    other = Policy({"0.o": (Decision.of("svd"),)})
+    text = page(
+        data(
+            sites=(("0.o", "o", 1),), measured=(*data().measured[::2], Entry(candidate("x", 0.2, 5.0, policy=other), "chosen"))
+        )
+    )
+    assert "svd (1)" in text and 'class="none"' in text
+
+
+def test_the_script_gets_every_policy_with_its_map(reader: Reader) -> None:
+    study = json.loads(reader.scripts[0])
+    assert [policy["name"] for policy in study["policies"]][:2] == ["other mix", "the mix"]
+    assert [policy["known"] for policy in study["policies"]] == ["measured"] * 4 + ["predicted"] * 2
+    assert f"uniform {EVIL}" in [policy["name"] for policy in study["policies"]]
+    names = [form["name"] for form in study["formats"]]
+    mix = study["policies"][1]["cells"]
+    assert [[names[cell] for cell in row] for row in mix] == [["w4a8-g64", "bf16", "bf16"], ["bf16", "w8a8-token", "w4a8-g64"]]
+    assert all(policy["stderr"] is None for policy in study["policies"] if policy["known"] == "predicted")
 
 
 def test_other_verdicts() -> None:

@@ -1,0 +1,125 @@
+// Moves along the frontier of the study that stands in #study: two sliders, two policies, one map. No library, no network.
+"use strict";
+(() => {
+  const study = JSON.parse(document.getElementById("study").textContent);
+  const get = (id) => document.getElementById(id);
+  const mib = (bytes) => bytes / 1048576;
+  const fixed = (x, digits = 3) => (x === null ? "–" : Number(x.toPrecision(digits)).toString());
+  const measured = study.policies.filter((p) => p.known === "measured");
+  const latency = get("max-latency"), size = get("max-size"), first = get("first"), second = get("second");
+
+  const extent = (values, pad) => {
+    const low = Math.min(...values), high = Math.max(...values), gap = (high - low || 1) * pad;
+    return [low - gap, high + gap];
+  };
+
+  function prepare(slider, values) {
+    const [low, high] = [Math.min(...values), Math.max(...values)];
+    slider.min = low; slider.max = high; slider.step = (high - low) / 500 || 1; slider.value = high;
+  }
+
+  // The least loss among the measured policies whose upper bound and whose size are allowed.
+  function best() {
+    const fits = measured.filter((p) => p.hi <= Number(latency.value) + 1e-9 && p.size <= Number(size.value) + 1e-9);
+    return fits.length ? fits.reduce((a, b) => (b.kl < a.kl ? b : a)) : null;
+  }
+
+  function words(p) {
+    if (!p) return "no measured policy fits";
+    const error = p.stderr === null ? "" : ` ± ${fixed(p.stderr, 1)}`;
+    const range = p.known === "measured" ? ` [${fixed(p.lo, 4)}, ${fixed(p.hi, 4)}]` : " (predicted)";
+    const ppl = p.perplexity === null ? "" : `, perplexity ${fixed(p.perplexity, 4)}`;
+    return `${p.name}: ${fixed(p.ms, 4)} ms${range}, KL ${fixed(p.kl)}${error}${ppl}, ${fixed(mib(p.size), 4)} MiB, ${p.label}`;
+  }
+
+  const spread = (kl) => Math.asinh(kl / study.knee);
+
+  function draw(chosen, other) {
+    const [w, h, m] = [760, 320, 62];
+    const [x0, x1] = extent(study.policies.map((p) => p.ms), 0.05), [y0, y1] = extent(study.policies.map((p) => spread(p.kl)), 0.06);
+    const x = (ms) => m + ((ms - x0) / (x1 - x0)) * (w - m - 8), y = (kl) => h - m + 8 - ((spread(kl) - y0) / (y1 - y0)) * (h - m - 8);
+    const parts = [`<rect x="${m}" y="0" width="${w - m - 8}" height="${h - m + 8}" fill="none" stroke="#e2e5ea"/>`];
+    const limit = x(Number(latency.value));
+    parts.push(`<line x1="${limit}" x2="${limit}" y1="0" y2="${h - m + 8}" stroke="#cc79a7" stroke-dasharray="6 4"/>`);
+    const steps = 6;
+    for (let i = 0; i <= steps; i++) {
+      const ms = x0 + ((x1 - x0) * i) / steps, kl = Math.sinh(y0 + ((y1 - y0) * i) / steps) * study.knee;
+      parts.push(`<text x="${x(ms)}" y="${h - m + 24}" text-anchor="middle">${fixed(ms)}</text>`);
+      if (kl >= 0) parts.push(`<text x="${m - 5}" y="${y(kl) + 4}" text-anchor="end">${fixed(kl, 2)}</text>`);
+    }
+    parts.push(`<text x="${(w + m) / 2}" y="${h - 4}" text-anchor="middle">${study.unit}</text>`);
+    const colour = { dense: "#1f2430", chosen: "#009e73", baseline: "#d55e00", search: "#0072b2", predicted: "#8a8f98" };
+    study.policies.forEach((p, index) => {
+      const ring = p === chosen ? ' stroke="#1f2430" stroke-width="3"' : p === other ? ' stroke="#e69f00" stroke-width="3"' : "";
+      const fill = p.known === "measured" ? colour[p.group] : "#ffffff", edge = p.known === "measured" ? "" : ' stroke="#8a8f98"';
+      parts.push(`<circle data-index="${index}" cx="${x(p.ms)}" cy="${y(p.kl)}" r="${p.known === "measured" ? 7 : 5}" fill="${fill}"${ring || edge}><title></title></circle>`);
+    });
+    const plot = get("plot");
+    plot.innerHTML = `<svg viewBox="0 0 ${w} ${h}" role="img" aria-label="latency against loss">${parts.join("")}</svg>`;
+    plot.querySelectorAll("circle").forEach((dot) => {
+      const index = Number(dot.dataset.index);
+      dot.firstChild.textContent = words(study.policies[index]);
+      dot.addEventListener("click", () => { first.value = String(index); show(); });
+    });
+  }
+
+  function map(p, q) {
+    const table = document.createElement("table");
+    table.className = "map";
+    study.kinds.forEach((kind, row) => {
+      const line = table.insertRow(), head = document.createElement("th");
+      head.textContent = kind;
+      line.append(head);
+      for (let block = 0; block < study.blocks; block++) {
+        const cell = line.insertCell(), own = p.cells[row][block], theirs = q ? q.cells[row][block] : own;
+        if (own === null) { cell.className = "none"; continue; }
+        const format = study.formats[own];
+        cell.style.background = format.colour;
+        cell.style.color = format.ink;
+        cell.textContent = format.bits;
+        cell.title = `block ${block}: ${format.name}` + (own === theirs || theirs === null ? "" : `, there ${study.formats[theirs].name}`);
+        if (own !== theirs) cell.style.boxShadow = "inset 0 0 0 2px #e69f00";
+      }
+    });
+    get("explored-map").replaceChildren(table);
+  }
+
+  function show() {
+    const p = study.policies[Number(first.value)], q = second.value === "" ? null : study.policies[Number(second.value)];
+    get("first-words").textContent = words(p);
+    if (q) {
+      const cells = p.cells.flat(), others = q.cells.flat(), n = cells.filter((cell, i) => cell !== others[i]).length;
+      const kinds = p.known === q.known ? "" : " One of them is predicted, not measured: the difference is no measurement.";
+      get("second-words").textContent = `${words(q)}. Against it: ${fixed(p.ms - q.ms)} ms, KL ${fixed(p.kl - q.kl)}, ` +
+        `${fixed(mib(p.size - q.size))} MiB; ${n} of ${cells.filter((c) => c !== null).length} groups of layers differ (framed).${kinds}`;
+    } else get("second-words").textContent = "";
+    draw(p, q);
+    map(p, q);
+  }
+
+  function slide() {
+    get("latency-now").textContent = `${fixed(Number(latency.value), 4)} ms`;
+    get("size-now").textContent = `${fixed(mib(Number(size.value)), 4)} MiB`;
+    const found = best();
+    get("best").textContent = `Best measured within both: ${words(found)}`;
+    if (found) { first.value = String(study.policies.indexOf(found)); show(); } else draw(null, null);
+  }
+
+  prepare(latency, measured.map((p) => p.hi));
+  prepare(size, measured.map((p) => p.size));
+  second.append(new Option("nothing", ""));
+  study.policies.forEach((p, index) => {
+    const text = p.known === "measured" ? p.name : `${p.name} (predicted)`;
+    first.append(new Option(text, String(index)));
+    second.append(new Option(text, String(index)));
+  });
+  latency.addEventListener("input", slide);
+  size.addEventListener("input", slide);
+  first.addEventListener("change", show);
+  second.addEventListener("change", show);
+  if (study.limit !== null) latency.value = study.limit;
+  slide();
+  const answer = study.policies.findIndex((p) => p.group === "chosen");
+  if (answer >= 0) { first.value = String(answer); show(); }
+  get("explorer").hidden = false;
+})();
