@@ -82,6 +82,18 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quiet", action="store_true", help="no progress on stderr")
     show = command("show", _show, "the measured policies of a study")
     show.add_argument("study", help="the study's folder")
+    frontier = command("frontier", _frontier, "the measured frontier of a study, as CSV and picture")
+    frontier.add_argument("study", help="the study's folder")
+    frontier.add_argument("--objective", default="", help="whose answer to mark, for example 0.6x; default: the latest")
+    frontier.add_argument("--out", default="", help="picture to write (.png or .svg); default: none")
+    report = command("report", _report, "write a study's report again: one HTML page, no network")
+    report.add_argument("study", help="the study's folder")
+    report.add_argument("--objective", default="", help="whose answer to report, for example 0.6x; default: the latest")
+    report.add_argument("--out", default="", help="file to write; default: report.html in the study")
+    compare = command("compare", _compare, "several studies side by side: models, targets, settings")
+    compare.add_argument("studies", nargs="+", metavar="STUDY", help="folders of studies")
+    compare.add_argument("--all", action="store_true", help="also policies that another of the same study beats")
+    compare.add_argument("--out", default="", help="picture to write (.png or .svg); default: none")
     command("methods", _methods, "the compression methods there are")
     command("targets", _targets, "the machines that can be searched for")
     doctor = command("doctor", _doctor, "what this machine can measure, and what spoils it")
@@ -153,13 +165,11 @@ def _plain(value: Any) -> Any:
 
 
 def _print_answer(folder: Path, answer: Answer, as_json: bool) -> None:
-    from search.prepared import Prepared
     from search.report.content import answer as words
-    from search.results import json_rows, measured_entries, report_data, saved_config, text_table
+    from search.results import json_rows, saved_report, text_table
 
-    entries = measured_entries(folder, answer)
-    prepared = Prepared.from_json(json.loads((folder / "steps" / "prepared.json").read_text())["value"])
-    data = report_data(folder, answer, prepared, saved_config(folder))
+    data = saved_report(folder, answer.objective)
+    entries = data.measured
     if as_json:
         print(json.dumps(_plain({"answer": answer.to_json(), "measured": json_rows(entries), "folder": str(folder)}), indent=1))
         return
@@ -173,21 +183,59 @@ def _print_answer(folder: Path, answer: Answer, as_json: bool) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    _print_answer(Path(arguments.study), _answer(Path(arguments.study), ""), arguments.json)
+    from search.results import saved_answer
+
+    _print_answer(Path(arguments.study), saved_answer(Path(arguments.study)), arguments.json)
     return 0
 
 
-def _answer(folder: Path, objective: str) -> Answer:
-    from search.results import answers
+def _frontier(arguments: argparse.Namespace) -> int:
+    from search.frontier import csv_text
+    from search.report.picture import write_picture
+    from search.results import json_rows, saved_report
 
-    if not (folder / "config.toml").exists():
-        raise ConfigError(f"{folder}: no study there (no config.toml); `search run` makes one")
-    found = answers(folder)
-    if not found:
-        raise ConfigError(f"{folder}: no answer yet; repeat `search run` to finish it")
-    if objective and objective not in found:
-        raise ConfigError(f"{folder}: no answer for {objective!r}; there are {', '.join(found)}")
-    return found[objective or list(found)[-1]]
+    data = saved_report(Path(arguments.study), arguments.objective)
+    if arguments.out:
+        write_picture(data, Path(arguments.out))
+    if arguments.json:
+        print(json.dumps(_plain(json_rows(data.measured)), indent=1))
+    else:
+        sys.stdout.write(csv_text([entry.candidate for entry in data.measured]))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from search.report.page import write_page
+    from search.results import saved_report
+
+    folder = Path(arguments.study)
+    out = Path(arguments.out) if arguments.out else folder / "report.html"
+    write_page(saved_report(folder, arguments.objective), out)
+    print(json.dumps({"report": str(out)}) if arguments.json else out)
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from search.report.compare import cautions, compare, write_comparison
+    from search.results import saved_report
+
+    folders = [Path(name) for name in arguments.studies]
+    names = [folder.resolve().name for folder in folders]
+    labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+    if len(set(labels)) < len(labels):
+        raise ConfigError(f"compare: a study is named twice in {', '.join(labels)}")
+    studies = {label: saved_report(folder) for label, folder in zip(labels, folders, strict=True)}
+    table = compare(studies, frontier_only=not arguments.all)
+    notes = cautions(studies)
+    if arguments.out:
+        write_comparison(studies, Path(arguments.out))
+    if arguments.json:
+        print(json.dumps(_plain({"policies": table.json(), "cautions": notes}), indent=1))
+        return 0
+    print(table.text())
+    for note in notes:
+        print(f"note: {note}")
+    return 0
 
 
 def _methods(arguments: argparse.Namespace) -> int:
@@ -268,8 +316,9 @@ def _checkpoint(folder: Path) -> Path:
     if not (folder / "config.toml").exists():
         return folder
     from search.deliver import checkpoint_folder
+    from search.results import saved_answer
 
-    answer = _answer(folder, "")
+    answer = saved_answer(folder)
     if answer.best is None or not answer.best.policy.sites:
         raise ConfigError(f"{folder}: its latest answer is the dense model, which has no checkpoint")
     return checkpoint_folder(folder, answer)
@@ -290,9 +339,10 @@ def _materialize(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from search.generate import export_study
     from search.progress import Progress
+    from search.results import saved_answer
 
     folder = Path(arguments.study)
-    answer = _answer(folder, arguments.objective)
+    answer = saved_answer(folder, arguments.objective)
     out = Path(arguments.out) if arguments.out else None
     path, check = export_study(folder, answer, arguments.format, out, Progress())
     if arguments.json:

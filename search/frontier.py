@@ -101,12 +101,17 @@ def hypervolume(candidates: Sequence[Candidate], kl: float, latency_ms: float) -
 
 
 def write_csv(candidates: Sequence[Candidate], path: Path) -> None:
-    """Writes candidates of one kind, the fastest first, in one step; the KL column carries the kind in its name.
+    """Writes `csv_text` in one step."""
+    write_text(path, csv_text(candidates))
+
+
+def csv_text(candidates: Sequence[Candidate]) -> str:
+    """Candidates of one kind as CSV, the fastest first; the KL column carries the kind in its name.
 
     Raises `MixedKnowledge`, and ValueError on no candidate.
     """
     if not candidates:
-        raise ValueError(f"frontier: no candidates to write to {path}")
+        raise ValueError("frontier: no candidates to write")
     check_one_kind(candidates)
     kind = candidates[0].fidelity.value
     scores = sorted({name for candidate in candidates for name in candidate.scores})
@@ -130,4 +135,4 @@ def write_csv(candidates: Sequence[Candidate], path: Path) -> None:
     for c in sorted(candidates, key=lambda c: (c.latency_ms, c.kl, c.name)):
         row = [c.name, c.policy.key(), c.role, c.kl, c.kl_stderr, c.latency_ms, c.latency_lo, c.latency_hi, c.size_bytes]
         writer.writerow([*row, *(c.scores.get(name, "") for name in scores)])
-    write_text(path, text.getvalue())
+    return text.getvalue()

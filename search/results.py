@@ -12,7 +12,7 @@ from typing import Any
 from methods.atomic import write_text
 from predictors.intervals import normal_interval
 from predictors.loss import PredictorReport
-from search.config import RunConfig
+from search.config import ConfigError, RunConfig
 from search.finalists import DENSE_NAME, Finalist
 from search.frontier import Candidate, Fidelity, frontier, write_csv
 from search.prepared import Prepared
@@ -88,6 +88,31 @@ def save(folder: Path, answer: Answer, prepared: Prepared, config: RunConfig, po
     write_csv([entry.candidate for entry in data.measured], folder / "frontier.csv")
     write_picture(data, folder / "frontier.png")
     write_page(data, folder / "report.html")
+
+
+def saved_prepared(folder: Path) -> Prepared:
+    """What a study prepared once; raises ConfigError where it has not got so far."""
+    path = folder / "steps" / "prepared.json"
+    if not path.exists():
+        raise ConfigError(f"{folder}: nothing is prepared there yet; repeat `search run` to finish it")
+    return Prepared.from_json(json.loads(path.read_text())["value"])
+
+
+def saved_answer(folder: Path, objective: str = "") -> Answer:
+    """A study's answer for an objective, by default the latest; raises ConfigError where there is none."""
+    if not (folder / "config.toml").exists():
+        raise ConfigError(f"{folder}: no study there (no config.toml); `search run` makes one")
+    found = answers(folder)
+    if not found:
+        raise ConfigError(f"{folder}: no answer yet; repeat `search run` to finish it")
+    if objective and objective not in found:
+        raise ConfigError(f"{folder}: no answer for {objective!r}; there are {', '.join(found)}")
+    return found[objective or list(found)[-1]]
+
+
+def saved_report(folder: Path, objective: str = "") -> ReportData:
+    """The report of a finished study, from what it left behind."""
+    return report_data(folder, saved_answer(folder, objective), saved_prepared(folder), saved_config(folder))
 
 
 def measured_entries(folder: Path, answer: Answer) -> list[Entry]:
