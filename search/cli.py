@@ -98,6 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     command("targets", _targets, "the machines that can be searched for")
     doctor = command("doctor", _doctor, "what this machine can measure, and what spoils it")
     doctor.add_argument("--cache", default="", help="cache folder to check")
+    cache = command("cache", _cache, "what lies in the cache, and getting rid of it")
+    cache.add_argument("--cache", default="", help="cache folder")
+    cache.add_argument("--verify", action="store_true", help="read and check everything")
+    cache.add_argument("--clear", default="", metavar="KIND", help="delete models, tables, generated, kernels or all")
     generate = command("generate", _generate, "write text with a compressed checkpoint, on the real kernels")
     generate.add_argument("checkpoint", help="folder of a checkpoint, or of a study (its latest answer)")
     generate.add_argument("--prompt", default="The capital of France is", help="text to continue")
@@ -295,6 +299,25 @@ def _doctor(arguments: argparse.Namespace) -> int:
         for finding in findings:
             print(f"{'ok  ' if finding.ok else 'look'}  {finding.name:<18} {finding.detail}")
     return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    from search.cache import KINDS, clear, items
+
+    folder = Path(arguments.cache) if arguments.cache else default_cache()
+    if arguments.clear:
+        freed = clear(folder, arguments.clear)
+        print(json.dumps({"freed_bytes": freed}) if arguments.json else f"{freed / 2**20:.1f} MiB freed")
+        return 0
+    found = items(folder, verify=arguments.verify)
+    if arguments.json:
+        print(json.dumps([vars(item) for item in found], indent=1))
+    else:
+        print(f"{folder}: {sum(item.size_bytes for item in found) / 2**20:.1f} MiB")
+        for item in found:
+            state = f"  {item.problem}" if item.problem else ""
+            print(f"{item.size_bytes / 2**20:9.1f} MiB  {item.kind:<10} {item.name}  ({KINDS[item.kind]}){state}")
+    return 1 if any(item.problem for item in found) else 0
 
 
 def _generate(arguments: argparse.Namespace) -> int:
