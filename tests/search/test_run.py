@@ -14,7 +14,7 @@ import torch
 from methods import checkpoint, policy_file
 from methods.model.describe import describe
 from methods.model.load import load
-from methods.policy import Policy
+from methods.policy import DENSE, Policy
 from search.cli import main
 from search.config import RunConfig
 from search.evaluate import Evaluator, Switch
@@ -252,3 +252,37 @@ def test_quality_in_the_answer_is_what_a_fresh_evaluation_finds(study) -> None:
     quality = Evaluator(switch, session.corpora["report"].tokens).evaluate_edits(edits)
     assert quality.kl == pytest.approx(best.report_kl, rel=1e-3, abs=1e-7)
     assert Policy().key() == answer.finalists[0].policy.key()
+
+
+def test_explain_attributes_loss_and_time_to_choices(study, capsys) -> None:
+    config, answer = study
+    decided = [site for site in answer.best.policy.sites if answer.best.policy.at(site)[0] != DENSE]
+    arguments = ["explain", str(config.folder), "--json"]
+    assert main([*arguments, "--by", "kind"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["kl"] == pytest.approx(whole["residual"] + sum(share["kl"] for share in whole["shares"]))
+    assert {share["ms_label"] for share in whole["shares"]} == {"measured"}
+    assert sum(share["n_sites"] for share in whole["shares"]) == len(decided)
+    assert main([*arguments, "--by", "site", "--layer", decided[0]]) == 0
+    one = json.loads(capsys.readouterr().out)
+    assert len(one["shares"]) == 1
+    assert (one["residual"] is None) == (len(decided) > 1)
+    assert main(["explain", str(config.folder), "--layer", "nowhere"]) == 2
+    assert "'nowhere' is in no name of a decided site" in capsys.readouterr().err
+    assert main(["explain", str(config.folder)]) == 0
+    assert "KL per ms" in capsys.readouterr().out
+
+
+def test_a_finished_study_is_shown_reported_and_drawn_again(study, tmp_path, capsys) -> None:
+    config, _ = study
+    assert main(["show", str(config.folder)]) == 0
+    assert "dense model" in capsys.readouterr().out
+    page = config.folder / "report.html"
+    before = page.read_text()
+    assert main(["report", str(config.folder), "--out", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text() == before
+    assert main(["frontier", str(config.folder), "--out", str(tmp_path / "f.png")]) == 0
+    assert capsys.readouterr().out.endswith((config.folder / "frontier.csv").read_text())
+    assert (tmp_path / "f.png").stat().st_size > 1000
+    assert main(["report", str(config.folder), "--objective", "5x"]) == 2
+    assert f"no answer for '5x'; there are {OBJECTIVE}" in capsys.readouterr().err
