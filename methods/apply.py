@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from methods.formats.format import Format
-from methods.formats.numerics import DTYPES, quantize_activation
+from methods.formats.numerics import DTYPES, Compressed, quantize_activation
 from methods.method import Edit, NormView, SiteView
 from methods.model.structure import Site, Structure
 from methods.model.weights import bias_of, norm_view, set_weight, weight_of
@@ -59,7 +58,7 @@ class Installer:
             undo.append(_restorer(module.get_parameter("weight")))
             set_weight(module, compressed.dense.to(weight_of(module).dtype))
             if compressed.format.act_bits != 16:
-                undo.append(module.register_forward_pre_hook(_input_rounder(compressed.format)).remove)
+                undo.append(module.register_forward_pre_hook(_input_rounder(compressed)).remove)
         for name, tensor in edit.tensors.items():
             parameter = self._model.get_parameter(name)
             undo.append(_restorer(parameter))
@@ -99,12 +98,13 @@ class Installer:
                 raise ValueError(f"{site.name}: the edit makes {name} {tuple(tensor.shape)}; it is {tuple(shape)}")
 
 
-def _input_rounder(fmt: Format) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    """A forward pre-hook that rounds the input as the format says."""
+def _input_rounder(compressed: Compressed) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """A forward pre-hook that rounds the input as the format, and what the payload says of inputs, demand."""
+    beside = {part: tensor for part, tensor in compressed.payload.items() if "." in part}
 
     def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         x: Tensor = arguments[0]
-        return (quantize_activation(x, fmt).to(x.dtype), *arguments[1:])
+        return (quantize_activation(x, compressed.format, beside).to(x.dtype), *arguments[1:])
 
     return hook
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from methods.atomic import write_bytes
 from methods.formats.format import parse_format
 from methods.formats.numerics import Compressed
-from methods.formats.packing import pack, unpack
+from methods.formats.stored import packed, unpacked
 from methods.method import Edit
 from methods.policy import Decision
 
@@ -68,8 +68,7 @@ class Bank:
         for name, compressed in edit.linears.items():
             linears[name] = {"format": compressed.format.name, "shape": list(compressed.dense.shape)}
             for part, tensor in compressed.payload.items():
-                packed = pack(tensor, compressed.format.bits) if part == "codes" else tensor.contiguous()
-                tensors[f"linear/{name}/{part}"] = packed
+                tensors[f"linear/{name}/{part}"] = packed(compressed.format, part, tensor)
         spec = json.dumps({"site": site, "decision": decision.label, "linears": linears})
         metadata = {"version": _VERSION, "edit": spec, "sha256": _digest(spec, tensors)}
         write_bytes(self.path(site, decision), save(tensors, metadata))
@@ -106,7 +105,5 @@ def _digest(spec: str, tensors: Mapping[str, Tensor]) -> str:
 def _unpacked(name: str, layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Compressed:
     fmt = parse_format(str(layer["format"]))
     prefix = f"linear/{name}/"
-    payload = {part.removeprefix(prefix): tensor for part, tensor in tensors.items() if part.startswith(prefix)}
-    if "codes" in payload:
-        payload["codes"] = unpack(payload["codes"], fmt.bits, layer["shape"])
-    return Compressed.of(fmt, payload)
+    parts = {part.removeprefix(prefix): tensor for part, tensor in tensors.items() if part.startswith(prefix)}
+    return Compressed.of(fmt, {part: unpacked(fmt, part, tensor, layer["shape"]) for part, tensor in parts.items()})

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from methods.apply import Installer
-from methods.method import Edit, Need, Stats
+from methods.formats.format import Format
+from methods.formats.numerics import quantize_activation
+from methods.gradients import Fisher, bounded
+from methods.learn import through
+from methods.linalg import Gram
+from methods.method import BlockSample, Edit, Need, Stats
 from methods.model.blocks import BlockRunner
 from methods.model.structure import Site, Structure
+from methods.model.weights import is_transposed
 
 N_SAMPLE = 512
 """At most this many input rows are kept for `Need.SAMPLE`."""
 
+N_BLOCK = 2**15
+"""At most this many tokens, in whole batches spread evenly over all, are what a block is reconstructed on (`Need.BLOCK`)."""
+
 Visit = Callable[[int, Mapping[str, Stats]], Mapping[str, Edit] | None]
+Hook = Callable[[nn.Module, tuple[Any, ...]], Any]
 
 
 def sweep(
@@ -28,6 +39,7 @@ def sweep(
     *,
     start: int = 0,
     skip: Callable[[int], bool] = lambda block: False,
+    dense: bool = False,
 ) -> None:
     """Calls `visit(block, stats)` for every block in order, with the statistics that its sites need.
 
@@ -36,50 +48,189 @@ def sweep(
     Where visit returns edits (by site) they are installed before the block's outputs are passed on, so that later blocks see
     the compressed prefix; otherwise the dense outputs are passed on. Blocks before `start`, and those that `skip` names, are
     run as they are and not visited: so a sweep resumes. At the end, or when visit raises, the model is as it was before.
-    Memory: the model, one block's statistics, the hidden states before and after one block.
+    dense: `visit` never returns edits (ValueError if it does), so that the hidden states are kept once, each batch's giving way to
+    those behind the block.
+    DRIFT and BLOCK compare with the model as it was before: where one of them is still needed after an edit, a second stream of
+    hidden states passes through it. Memory: the model, one block's statistics, the hidden states before and after one block in each
+    stream; for FISHER, that of the model as it was before, hidden states and gradients at the blocks' boundaries of at most
+    `gradients.N_TOKENS` tokens. Raises ValueError for the drift of experts behind an edit: the tokens that reach them are not the same
+    in both streams.
     """
     unknown = sorted(set(needs) - {site.name for site in structure.sites})
     if unknown:
         example = structure.sites[0].name
         raise ValueError(f"sweep: {unknown[:3]} are no sites of this {structure.architecture}; they look like {example!r}")
+    compared = {Need.DRIFT, Need.BLOCK}
+    last = max((site.block for site in structure.sites if needs.get(site.name, frozenset()) & compared), default=-1)
+    visited = {block for block in range(start, len(structure.blocks)) if not skip(block)}
+    fisher = _Gradients.of(model, structure, batches, needs, visited)
     runner = BlockRunner(model, structure, batches)
     hidden = runner.inputs()
+    streams = _Streams(hidden, hidden)
     with Installer(model, structure) as installer:
         for block in range(len(structure.blocks)):
-            if block < start or skip(block):
-                hidden = [runner.run(block, h) for h in hidden]
+            if block not in visited:
+                streams = _through(model, runner, block, streams, {}, consume=True)
                 continue
             wanted = {site: needs[site.name] for site in structure.in_block(block) if needs.get(site.name)}
-            stats, after = _collect(model, runner, block, hidden, wanted)
+            stats: dict[str, Stats] = {}
+            after = None
+            if wanted or block < last:
+                stats, after = _collect(model, runner, structure, block, streams, wanted, consume=dense)
+            if fisher is not None:
+                stats = fisher.added(block, stats)
             edits = visit(block, stats) or {}
+            if edits and dense:
+                raise ValueError(f"sweep: dense=True, but visit returned edits of {sorted(edits)}; leave dense out")
             for name, edit in edits.items():
                 installer.install(name, edit)
-            hidden = [runner.run(block, h) for h in hidden] if edits or after is None else after
+            now = [runner.run(block, h) for h in streams.now] if edits or after is None else after.now
+            streams = _Streams(now, now if after is None or block >= last else after.dense)
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """Hidden states (b, t, d) of each batch, as they are now and in the dense model: the same list where nothing was edited yet."""
+
+    now: list[Tensor]
+    dense: list[Tensor]
+
+    @property
+    def same(self) -> bool:
+        return self.now is self.dense
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """The Fisher information of the layers that need it."""
+
+    fisher: Fisher
+    layers: Mapping[int, Sequence[str]]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        structure: Structure,
+        batches: Sequence[Tensor],
+        needs: Mapping[str, frozenset[Need]],
+        visited: Collection[int],
+    ) -> _Gradients | None:
+        """None where no block that is visited needs any."""
+        sites = [site for site in structure.sites if Need.FISHER in needs.get(site.name, ()) and site.block in visited]
+        layers: dict[int, list[str]] = {}
+        for site in sites:
+            layers.setdefault(site.block, []).extend(layer.name for layer in site.layers)
+        return cls(Fisher(model, structure, bounded(batches), sorted(layers)), layers) if layers else None
+
+    def added(self, block: int, stats: Mapping[str, Stats]) -> dict[str, Stats]:
+        """Statistics by layer, with the Fisher information: those layers share no object any more."""
+        if block not in self.layers:
+            return dict(stats)
+        found = self.fisher.of(block, self.layers[block])
+        return {name: replace(own, fisher=found[name]) if name in found else own for name, own in stats.items()}
 
 
 def _collect(
-    model: nn.Module, runner: BlockRunner, block: int, hidden: list[Tensor], wanted: Mapping[Site, frozenset[Need]]
-) -> tuple[dict[str, Stats], list[Tensor] | None]:
-    """Statistics by layer, and the block's outputs where it had to be run for them."""
-    if not wanted:
-        return {}, None
+    model: nn.Module,
+    runner: BlockRunner,
+    structure: Structure,
+    block: int,
+    streams: _Streams,
+    wanted: Mapping[Site, frozenset[Need]],
+    *,
+    consume: bool,
+) -> tuple[dict[str, Stats], _Streams]:
+    """Statistics by layer, and the streams behind the block as it stands."""
     collectors: dict[str, _Collector] = {}
-    handles = []
+    hooks: dict[str, _Collector] = {}
     for site, need in wanted.items():
+        if Need.DRIFT in need and not (site.shares_input or streams.same):
+            raise ValueError(f"sweep: {site.name} has no drift, for other tokens reach its experts than in the dense model")
         for layer in site.layers:
             first = site.layers[0].name
             if site.shares_input and first in collectors:
                 collectors[layer.name] = collectors[first]
                 continue
-            collectors[layer.name] = _Collector(site.d_in, need)
-            handles.append(model.get_submodule(layer.name).register_forward_pre_hook(collectors[layer.name]))
+            collectors[layer.name] = hooks[layer.name] = _Collector(site.d_in, need)
+    reconstructed = any(Need.BLOCK in need for need in wanted.values())
+    after = _through(model, runner, block, streams, hooks, consume=consume and not reconstructed)
+    sample = None
+    if reconstructed:
+        sample = _block_sample(model, runner, structure, block, streams.now, after.dense)
+    stats = {id(collector): collector.stats(sample) for collector in hooks.values()}
+    return {layer: stats[id(collector)] for layer, collector in collectors.items()}, after
+
+
+def _through(
+    model: nn.Module,
+    runner: BlockRunner,
+    block: int,
+    streams: _Streams,
+    collectors: Mapping[str, _Collector],
+    *,
+    consume: bool,
+) -> _Streams:
+    """The streams behind the block as it stands; the collectors see the present one, beside what their layers read in the dense.
+
+    consume: takes every batch out of a single stream when its turn comes, so that inputs and outputs are never all there at once.
+    """
+    if streams.same:
+        left = streams.now if consume else list(streams.now)
+        now = [_run(model, runner, block, left.pop(0), collectors) for _ in range(len(left))]
+        return _Streams(now, now)
+    now, dense = [], []
+    drifting = {name: collector for name, collector in collectors.items() if collector.drifts}
+    for h, h_dense in zip(streams.now, streams.dense, strict=True):
+        dense.append(_run(model, runner, block, h_dense, {name: c.see_dense for name, c in drifting.items()}))
+        now.append(_run(model, runner, block, h, collectors))
+    return _Streams(now, dense)
+
+
+def _run(model: nn.Module, runner: BlockRunner, block: int, hidden: Tensor, hooks: Mapping[str, Hook]) -> Tensor:
+    """The block's output, with hooks before the named layers."""
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in hooks.items()]
     try:
-        after = [runner.run(block, h) for h in hidden]
+        return runner.run(block, hidden)
     finally:
         for handle in handles:
             handle.remove()
-    stats = {id(collector): collector.stats() for collector in collectors.values()}
-    return {layer: stats[id(collector)] for layer, collector in collectors.items()}, after
+
+
+def _block_sample(
+    model: nn.Module, runner: BlockRunner, structure: Structure, block: int, inputs: list[Tensor], targets: list[Tensor]
+) -> BlockSample:
+    """The block as a function of its weights, on batches spread evenly over all."""
+    layers = {layer.name for site in structure.in_block(block) for layer in site.layers}
+
+    def run(hidden: Tensor, weights: Mapping[str, Tensor], formats: Mapping[str, Format]) -> Tensor:
+        replaced = {}
+        for name, weight in weights.items():
+            module = model.get_submodule(name) if name in layers else None
+            full = name if module is None else f"{name}.weight"
+            stored = weight.T if module is not None and is_transposed(module) else weight
+            replaced[full] = stored.to(model.get_parameter(full).dtype)
+        rounders = {name: _straight_rounder(fmt) for name, fmt in formats.items() if fmt.act_bits != 16}
+        handles = [model.get_submodule(name).register_forward_pre_hook(hook) for name, hook in rounders.items()]
+        try:
+            return runner.run_with(block, hidden.to(targets[0].dtype), replaced).float()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    step = -(-len(inputs) * inputs[0].shape[0] * inputs[0].shape[1] // N_BLOCK)
+    return BlockSample([h.float() for h in inputs[::step]], [h.float() for h in targets[::step]], run)
+
+
+def _straight_rounder(fmt: Format) -> Hook:
+    """A pre-hook that rounds the input as the format says and passes gradients straight through."""
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        x: Tensor = arguments[0]
+        rounded = quantize_activation(x.detach(), fmt).to(x.dtype)
+        return (through(x, rounded), *arguments[1:])
+
+    return hook
 
 
 class _Collector:
@@ -87,11 +238,14 @@ class _Collector:
 
     def __init__(self, d_in: int, need: frozenset[Need]) -> None:
         self._n_tokens = 0
-        self._products = torch.zeros(d_in, d_in, dtype=torch.float64) if Need.HESSIAN in need else None
+        self._products = Gram(d_in) if Need.HESSIAN in need else None
         self._maxima = torch.zeros(d_in) if Need.ABS_MAX in need else None
         self._sums = torch.zeros(d_in, dtype=torch.float64) if Need.ABS_MEAN in need else None
         self._range = torch.zeros(2, d_in) if Need.RANGE in need else None
         self._sample = torch.zeros(0, d_in) if Need.SAMPLE in need else None
+        self._drift = torch.zeros(d_in, d_in, dtype=torch.float64) if Need.DRIFT in need else None
+        self._dense: Tensor | None = None
+        self._in_block = Need.BLOCK in need
         self._stride = 1
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -99,8 +253,11 @@ class _Collector:
         x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
         if not len(x):
             return
+        if self._dense is not None and self._drift is not None:
+            self._drift += (self._dense - x).T @ x
+            self._dense = None
         if self._products is not None:
-            self._products += x.T @ x
+            self._products.add(x)
         if self._maxima is not None:
             self._maxima = torch.maximum(self._maxima, x.abs().amax(0))
         if self._sums is not None:
@@ -116,12 +273,23 @@ class _Collector:
             self._keep(x)
         self._n_tokens += len(x)
 
-    def stats(self) -> Stats:
+    @property
+    def drifts(self) -> bool:
+        """Whether it compares with the dense stream, which must then run first, with `see_dense` as the hook."""
+        return self._drift is not None
+
+    def see_dense(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Takes note of what the dense stream's next call reads; calls that no `see_dense` came before do not drift."""
+        self._dense = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+
+    def stats(self, block: BlockSample | None) -> Stats:
         """The statistics of all rows so far; zeros where there was none."""
         n = max(self._n_tokens, 1)
-        hessian = None if self._products is None else (self._products / n).float()
+        hessian = None if self._products is None else self._products.mean(n)
+        drift = None if self._drift is None else (self._drift / n).float()
         mean = None if self._sums is None else (self._sums / n).float()
-        return Stats(self._n_tokens, hessian, self._maxima, mean, self._range, self._sample)
+        own = block if self._in_block else None
+        return Stats(self._n_tokens, hessian, self._maxima, mean, self._range, self._sample, drift, block=own)
 
     def _keep(self, x: Tensor) -> None:
         """Every `stride`-th row of the whole stream, the stride doubling whenever they become too many."""

@@ -9,22 +9,70 @@ from typing import TYPE_CHECKING
 from methods.method import Edit, Need, Plan, SiteView
 from methods.model.structure import Site
 from methods.policy import Decision
+from methods.recipes.activation import (
+    DISASSEMBLY,
+    FPTQ_STATIC,
+    LLM_FP4,
+    OUTLIER_SUPPRESSION,
+    PEG,
+    QLLM,
+    RPTQ,
+    SMOOTHQUANT_STATIC,
+    STATIC,
+    ZEROQUANT,
+    ZEROQUANT_FP,
+)
 from methods.recipes.awq import AWQ
+from methods.recipes.cache import KV_CACHE
 from methods.recipes.combined import AWQ_GPTQ, SMOOTH_GPTQ
+from methods.recipes.compensation import LORC, LORC_GPTQ, LQER, QERA, QERA_GPTQ, REX
 from methods.recipes.dense import NONE
+from methods.recipes.formats import BCQ, FOUR_SIX, IMATRIX, LUT_GEMM, VS_QUANT
 from methods.recipes.gptq import GPTQ
 from methods.recipes.hqq import HQQ
+from methods.recipes.learned import ADAROUND, ADAROUND_BLOCK, FLEXROUND, OMNIQUANT, SIGNROUND, ZEROQUANT_LKD
+from methods.recipes.model_method import ModelMethod
+from methods.recipes.partition import GOBO, LLM_INT8, OLIVE, OWQ, SPQR, SQUEEZELLM
 from methods.recipes.recipe import Recipe
+from methods.recipes.rotation import BLOCK_HADAMARD, QUAROT, QUIP, SPINQUANT
+from methods.recipes.rounding import GPTAQ, GPTQ_GREEDY, GREEDY, LDLQ, OBQ, OUTPUT_CLIP, PERCENTILE, STOCHASTIC
 from methods.recipes.rtn import RTN
+from methods.recipes.scaling import FPTQ, OUTLIER_SUPPRESSION_PLUS
 from methods.recipes.smoothquant import SMOOTHQUANT
 
 if TYPE_CHECKING:
     from methods.method import Stats
 
 METHODS: Mapping[str, Recipe] = {
-    recipe.name: recipe for recipe in (NONE, RTN, GPTQ, AWQ, HQQ, SMOOTHQUANT, AWQ_GPTQ, SMOOTH_GPTQ)
+    recipe.name: recipe
+    for recipe in (
+        *(NONE, RTN, PERCENTILE, OUTPUT_CLIP, STOCHASTIC),
+        *(GPTQ, GPTAQ, LDLQ, OBQ, GREEDY, GPTQ_GREEDY),
+        *(AWQ, HQQ, SMOOTHQUANT, OUTLIER_SUPPRESSION_PLUS, FPTQ, AWQ_GPTQ, SMOOTH_GPTQ),
+        *(
+            ZEROQUANT,
+            ZEROQUANT_FP,
+            LLM_FP4,
+            STATIC,
+            SMOOTHQUANT_STATIC,
+            FPTQ_STATIC,
+            OUTLIER_SUPPRESSION,
+            RPTQ,
+            PEG,
+            DISASSEMBLY,
+            QLLM,
+        ),
+        *(BLOCK_HADAMARD, QUIP),
+        *(ADAROUND, ADAROUND_BLOCK, FLEXROUND, SIGNROUND, OMNIQUANT, ZEROQUANT_LKD),
+        *(LLM_INT8, OWQ, SPQR, SQUEEZELLM, GOBO, OLIVE),
+        *(VS_QUANT, BCQ, LUT_GEMM, FOUR_SIX, IMATRIX),
+        *(LORC, LORC_GPTQ, LQER, QERA, QERA_GPTQ, REX),
+    )
 }
 """All methods, in the order in which they are listed."""
+
+MODEL_METHODS: Mapping[str, ModelMethod] = {method.name: method for method in (QUAROT, SPINQUANT, KV_CACHE)}
+"""What can be decided for a model as a whole (`Policy.model`)."""
 
 
 def method(name: str) -> Recipe:
@@ -34,6 +82,14 @@ def method(name: str) -> Recipe:
     near = difflib.get_close_matches(name, METHODS, 1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise ValueError(f"no method {name!r}{hint}; there are {', '.join(METHODS)}")
+
+
+def model_method(name: str) -> ModelMethod:
+    """The method of a whole model; raises ValueError with the names there are."""
+    if name in MODEL_METHODS:
+        return MODEL_METHODS[name]
+    where = "is decided at sites" if name in METHODS else "does not exist"
+    raise ValueError(f"no method {name!r} for a model as a whole (it {where}); there are {', '.join(MODEL_METHODS)}")
 
 
 def refuses(site: Site, decision: Decision) -> str | None:
@@ -66,3 +122,32 @@ def apply_many(view: SiteView, stats: Mapping[str, Stats], decisions: Sequence[D
         settings = [dict(decisions[index].knobs) for index in indices]
         edits.update(zip(indices, method(name).apply_many(view, stats, settings), strict=True))
     return [edits[index] for index in range(len(decisions))]
+
+
+def apply_block(
+    views: Sequence[SiteView], stats: Mapping[str, Stats], decisions: Mapping[str, Decision], made: Mapping[str, Edit]
+) -> dict[str, Edit]:
+    """What decisions do to sites of one block that are compressed together, by site; `apply` of each where none learns from the block.
+
+    Sites whose method learns from the block's output see the others compressed, those in `made` and those without learning; sites of one
+    method whose knobs are the same but for the format are learned together, one such group after the other.
+    """
+    edits: dict[str, Edit] = {}
+    groups: dict[tuple[object, ...], list[SiteView]] = {}
+    for view in views:
+        decision = decisions[view.site.name]
+        recipe = method(decision.method)
+        if Need.BLOCK not in recipe.needs:
+            edits[view.site.name] = apply(view, stats, decision)
+            continue
+        knobs = recipe.resolve(dict(decision.knobs))
+        key = (recipe.name, *sorted((name, value) for name, value in knobs.items() if name != "format"))
+        groups.setdefault(key, []).append(view)
+    for group in groups.values():
+        from methods.quant.runner import run_block
+
+        names = [view.site.name for view in group]
+        many = [dict(decisions[name].knobs) for name in names]
+        together = run_block(method(decisions[names[0]].method), group, stats, many, {**made, **edits})
+        edits.update(zip(names, together, strict=True))
+    return edits

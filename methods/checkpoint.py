@@ -1,7 +1,8 @@
 """The project's own checkpoint of a compressed model: packed codes beside the tensors that were left alone.
 
 A folder holds `config.json` and the tokenizer's files, `model.safetensors` (tensors that no edit replaced), `payload.safetensors`
-(packed codes, scales, offsets and replaced parameters), `policy.yaml`, and last `isolatency.json`, which describes and hashes the others.
+(the parts of every payload, codes packed, and replaced parameters), `policy.yaml`, and last `isolatency.json`, which describes and hashes
+the others.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor
 
 from methods import atomic, policy_file
-from methods.formats.format import Format, parse_format
+from methods.formats.format import parse_format
 from methods.formats.numerics import DTYPES, Compressed
-from methods.formats.packing import pack, unpack
+from methods.formats.stored import packed, unpacked
 from methods.method import Edit
 from methods.model.describe import describe
 from methods.model.experts import unfuse_experts
@@ -33,6 +34,7 @@ from methods.policy_file import PolicyFile
 from methods.policy_text import Plain, plain
 
 SCHEMA = "isolatency-checkpoint/1"
+_FIRST_PARTS = ("weight", "codes", "scale", "offset")
 _TENSORS, _PAYLOAD, _POLICY = "model.safetensors", "payload.safetensors", "policy.yaml"
 
 
@@ -135,7 +137,10 @@ def write(
 
 
 def _site_entry(edit: Edit) -> dict[str, Any]:
-    linears = {name: {"format": c.format.name, "shape": list(c.dense.shape)} for name, c in sorted(edit.linears.items())}
+    linears = {
+        name: {"format": c.format.name, "shape": list(c.dense.shape), "parts": sorted(c.payload)}
+        for name, c in sorted(edit.linears.items())
+    }
     return {"linears": linears, "tensors": sorted(edit.tensors)}
 
 
@@ -143,8 +148,7 @@ def _payload(edits: Mapping[str, Edit]) -> Iterator[tuple[str, Tensor]]:
     for edit in edits.values():
         for layer, compressed in edit.linears.items():
             for part, tensor in compressed.payload.items():
-                packed = pack(tensor, compressed.format.bits) if part == "codes" else tensor.contiguous()
-                yield f"{layer}.{part}", packed
+                yield f"{layer}.{part}", packed(compressed.format, part, tensor)
         for name, tensor in edit.tensors.items():
             yield name, tensor.contiguous()
 
@@ -187,15 +191,15 @@ def _read_marker(folder: Path) -> dict[str, Any]:
 
 
 def _read_edit(entry: Mapping[str, Any], payload: Mapping[str, Tensor]) -> Edit:
-    linears = {name: _read_linear(name, parse_format(e["format"]), e["shape"], payload) for name, e in entry["linears"].items()}
+    linears = {name: _read_linear(name, e, payload) for name, e in entry["linears"].items()}
     return Edit(linears, {name: payload[name] for name in entry["tensors"]})
 
 
-def _read_linear(name: str, fmt: Format, shape: list[int], payload: Mapping[str, Tensor]) -> Compressed:
-    parts = {part: payload[f"{name}.{part}"] for part in ("weight", "codes", "scale", "offset") if f"{name}.{part}" in payload}
-    if "codes" in parts:
-        parts["codes"] = unpack(parts["codes"], fmt.bits, shape)
-    return Compressed.of(fmt, parts)
+def _read_linear(name: str, entry: Mapping[str, Any], payload: Mapping[str, Tensor]) -> Compressed:
+    fmt = parse_format(entry["format"])
+    # Without a list of parts the checkpoint is of an earlier version, which knew these alone.
+    parts = entry.get("parts") or [part for part in _FIRST_PARTS if f"{name}.{part}" in payload]
+    return Compressed.of(fmt, {part: unpacked(fmt, part, payload[f"{name}.{part}"], entry["shape"]) for part in parts})
 
 
 def load_dense(folder: Path) -> LoadedModel:

@@ -1,21 +1,23 @@
 """The policy file `llm-compression-policy/1`: what was decided for a model, why, and what was measured. Imports no torch.
 
     schema: llm-compression-policy/1
+    transform: ['quarot:seed=0']  # what is done to the model as a whole, before anything else; most files have none
     default: {method: none}
     rules:            # the whole module name matches, the LAST match wins
       - {match: 'model\\.layers\\.\\d+\\.mlp\\.down_proj', method: int, bits: 4, group: 64, sym: true, act: 16, algo: {name: gptq}}
     measured:         # every number says how it was obtained
       - {metric: latency_ms, value: 17.9, source: measured, n: 200}
 
-Fields of a rule: `method` none, int or float (with `dtype`); `bits`; `group` (-1: one scale a channel); `sym`; `act` 16 or 8;
-`act_group` token or group; `algo`, the methods in order (a name, `{name: …, knob: value}`, or a list; without it
-`weights_algo.name`); `note`.
+Fields of a rule: `method` none, float (with `dtype`), int (with the fields that follow) or grid (any other kind, with its name, e.g.
+`format: nvfp4a16`); `bits`; `group` (-1: one scale a channel); `sym`; `act` 16, 8, 6 or 4; `act_group` token or group; `algo`, the
+methods in order (a name, `{name: …, knob: value}`, or a list; without it `weights_algo.name`); `note`.
 `expanded_digest` is that of the table which the rules expand to, so that it does not depend on how they are written.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +46,7 @@ _FIELDS = (
     "schema",
     "id",
     "model",
+    "transform",
     "default",
     "rules",
     "weights_algo",
@@ -99,7 +102,15 @@ def _number(entry: object, where: str) -> dict[str, Plain]:
 
 def expanded_digest(policy: Policy, structure: Structure) -> str:
     """`sha256:…` of what the policy does to every linear of the model; raises KeyError for a site that the model has not."""
-    return digest_of(table_of(policy, structure))
+    return _digest(table_of(policy, structure), policy.model)
+
+
+def _digest(table: Mapping[str, tuple[Decision, ...]], transforms: Sequence[Decision]) -> str:
+    """The table's digest, and with decisions of the whole model one over both."""
+    if not transforms:
+        return digest_of(table)
+    text = "\n".join([digest_of(table), *(decision.label for decision in transforms)])
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def render(file: PolicyFile, structure: Structure) -> str:
@@ -114,10 +125,12 @@ def render(file: PolicyFile, structure: Structure) -> str:
     if file.id:
         document["id"] = file.id
     document["model"] = {**file.model, "arch": structure.architecture, "n_modules": len(table)}
+    if file.policy.model:
+        document["transform"] = [decision.label for decision in file.policy.model]
     document |= {"default": {"method": "none"}, "rules": rules}
     extra = {"weights_algo": file.weights_algo, "target": file.target, "measured": file.measured, "provenance": file.provenance}
     document |= {name: plain(value, name) for name, value in extra.items() if value}
-    document["expanded_digest"] = digest_of(table)
+    document["expanded_digest"] = _digest(table, file.policy.model)
     return dump(document)
 
 
@@ -150,9 +163,9 @@ def parse(text: str, structure: Structure) -> PolicyFile:
     rules = [_rule(item, f"rules[{index}]", algo) for index, item in enumerate(items)]
     table = expand(rules, default.decisions, structure)
     model = _same_model(_mapping(document, "model"), structure)
-    _same_digest(document.get("expanded_digest"), table)
-    policy = Policy(sites_of(table, structure))
+    policy = Policy(sites_of(table, structure), _transforms(document.get("transform", [])))
     _check(policy, structure)
+    _same_digest(document.get("expanded_digest"), _digest(table, policy.model))
     return PolicyFile(
         policy,
         id=_text(document.get("id", ""), "id"),
@@ -178,11 +191,9 @@ def read(path: Path, structure: Structure) -> PolicyFile:
 
 
 def _check(policy: Policy, structure: Structure) -> None:
-    """Raises ValueError with the catalogue's reason where a decision cannot stand at its site."""
-    if policy.model:
-        raise ValueError(
-            f"decisions of the whole model ({policy.model[0].label}, …) have no field in {SCHEMA}; decide at sites"
-        )
+    """Raises ValueError with the catalogue's reason where a decision cannot stand at its site, or is none of the whole model's."""
+    for decision in policy.model:
+        catalogue.model_method(decision.method).resolve(dict(decision.knobs))
     for name, decisions in policy.sites.items():
         site = structure.site(name)
         for decision in decisions:
@@ -243,8 +254,13 @@ def _same_model(model: dict[str, Plain], structure: Structure) -> dict[str, Plai
     return {name: value for name, value in model.items() if name not in ("arch", "n_modules")}
 
 
-def _same_digest(written: Plain, table: Mapping[str, tuple[Decision, ...]]) -> None:
-    found = digest_of(table)
+def _transforms(items: Plain) -> tuple[Decision, ...]:
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise ValueError(f"transform: {items!r} is not a list of METHOD or 'METHOD:knob=value,knob=value'")
+    return tuple(Decision.parse(str(item)) for item in items)
+
+
+def _same_digest(written: Plain, found: str) -> None:
     if written not in (None, found):
         raise ValueError(
             f"expanded_digest is {written}, but the rules expand to {found}: they were edited or it is another model; "

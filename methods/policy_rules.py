@@ -18,7 +18,8 @@ Spec = dict[str, object]
 """One module's decisions in the words of the file, the fields of `SPEC_FIELDS`."""
 
 _GRID_FIELDS = ("bits", "group", "sym", "act", "act_group")
-SPEC_FIELDS = ("method", "dtype", *_GRID_FIELDS, "algo")
+_FIELDS_OF = {"none": (), "float": ("dtype",), "int": _GRID_FIELDS, "grid": ("format",)}
+SPEC_FIELDS = ("method", "dtype", "format", *_GRID_FIELDS, "algo")
 DEFAULT_ALGO = "rtn"
 
 
@@ -48,10 +49,17 @@ def spec_of(decisions: Decisions) -> Spec:
     fmt = parse_format(str(decisions[-1].knob("format")))
     if fmt.dense:
         return {"method": "float", "dtype": fmt.dense, "algo": algo}
+    if not _by_fields(fmt):
+        return {"method": "grid", "format": fmt.name, "algo": algo}
     spec: Spec = {"method": "int", "bits": fmt.bits, "group": fmt.group, "sym": fmt.symmetric, "act": fmt.act_bits}
     if fmt.act_bits != 16:
         spec["act_group"] = "token" if fmt.act_group == -1 else "group"
     return {**spec, "algo": algo}
+
+
+def _by_fields(fmt: Format) -> bool:
+    """Whether the fields of an integer grid say all of a format."""
+    return fmt.integer and (fmt.act_element, fmt.act_rows) == ("int", 1)
 
 
 def _algo_of(decision: Decision) -> dict[str, Knob]:
@@ -67,13 +75,13 @@ def decisions_of(spec: Mapping[str, object], algo: str = DEFAULT_ALGO) -> Decisi
     Raises ValueError naming the field for a value of the wrong type or range and for a field that means nothing there.
     """
     method = spec.get("method")
-    if method not in ("none", "float", "int"):
-        raise ValueError(f"method={method!r}; this version knows 'none', 'float' and 'int'")
-    for name in set(spec) & {*({"dtype"} if method != "float" else ()), *(_GRID_FIELDS if method != "int" else ())}:
+    if not isinstance(method, str) or method not in _FIELDS_OF:
+        raise ValueError(f"method={method!r}; this version knows {', '.join(map(repr, _FIELDS_OF))}")
+    for name in set(spec) - {"method", "algo", *_FIELDS_OF[method]}:
         raise ValueError(f"{name}={spec[name]!r} means nothing with method: {method}; remove it or change the method")
     if method == "none":
         return tuple(_decision(item) for item in _items(spec["algo"])) if "algo" in spec else (DENSE,)
-    fmt = _format(spec) if method == "int" else _dense(spec)
+    fmt = {"int": _format, "float": _dense, "grid": _named}[method](spec)
     *before, last = [_decision(item) for item in _items(spec.get("algo", algo))]
     if last == DENSE:
         raise ValueError(f"algo=none with method: {method}; name the method that rounds, e.g. algo: rtn")
@@ -84,6 +92,13 @@ def _dense(spec: Mapping[str, object]) -> Format:
     if spec.get("dtype") not in DENSE_DTYPES:
         raise ValueError(f"dtype={spec.get('dtype')!r} with method: float; use one of {', '.join(DENSE_DTYPES)}")
     return parse_format(str(spec["dtype"]))
+
+
+def _named(spec: Mapping[str, object]) -> Format:
+    fmt = parse_format(str(spec.get("format")))
+    if fmt.dense or _by_fields(fmt):
+        raise ValueError(f"format={fmt.name!r} with method: grid; write it as method: {'float' if fmt.dense else 'int'}")
+    return fmt
 
 
 def _format(spec: Mapping[str, object]) -> Format:

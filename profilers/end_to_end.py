@@ -84,9 +84,11 @@ class Measurement:
 class Step:
     """One step of a workload on a model, repeatable: after a decode step the cache is as it was before."""
 
-    def __init__(self, model: Any, workload: Workload, seed: int = 0) -> None:
+    def __init__(self, model: Any, workload: Workload, seed: int = 0, make_cache: Callable[[Any], Any] = new_cache) -> None:
+        """make_cache: the model -> its empty cache."""
         self.model = model
         self.workload = workload
+        self._make_cache = make_cache
         generator = torch.Generator().manual_seed(seed)
         n_vocab = int(model.config.vocab_size)
         length = workload.context if workload.phase == "decode" else workload.prompt
@@ -101,7 +103,7 @@ class Step:
         """Fills the cache with the context (decode); the cache that `generate` uses, sliding windows included."""
         if self.workload.phase == "prefill":
             return
-        self._cache = new_cache(self.model)
+        self._cache = self._make_cache(self.model)
         self.model(input_ids=self._prompt, past_key_values=self._cache, use_cache=True, **self._options)
         self._before = [dict(vars(layer)) for layer in self._cache.layers]
 
@@ -110,7 +112,7 @@ class Step:
         if self.workload.phase == "decode":
             ids, cache = self._token, self._cache
         else:
-            ids, cache = self._prompt, new_cache(self.model)
+            ids, cache = self._prompt, self._make_cache(self.model)
         logits: Tensor = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self._options).logits
         return logits[:, -1].argmax(-1)
 
@@ -125,6 +127,7 @@ def measure(
     workload: Workload,
     target: Target,
     *,
+    make_caches: Mapping[str, Callable[[Any], Any]] | None = None,
     rounds: int = 30,
     budget_s: float = math.inf,
     min_rounds: int = 8,
@@ -137,17 +140,21 @@ def measure(
 
     A decoding model's turn is a few consecutive steps, the first of them not timed: it runs alone where it is deployed, and a step that
     follows another model's finds the caches full of that one's weights. A prefill is one step a turn.
+    make_caches: by name, how a model's key/value cache is made where it is not the dense one (`profilers.kv_cache.new_cache`).
     Stops after `rounds`, or after `min_rounds` once `budget_s` of wall time is used. cache: folder of the machine's timing lock, which
     is held meanwhile (None: the caller holds it); notify: told when another run has it. Models may share weights.
     """
     with nullcontext() if cache is None else exclusive(cache / "tables", notify):
-        return _measure(models, workload, target, rounds, min_rounds, budget_s, progress, clock or SystemClock())
+        return _measure(
+            models, workload, target, make_caches or {}, rounds, min_rounds, budget_s, progress, clock or SystemClock()
+        )
 
 
 def _measure(
     models: Mapping[str, nn.Module],
     workload: Workload,
     target: Target,
+    make_caches: Mapping[str, Callable[[Any], Any]],
     rounds: int,
     min_rounds: int,
     budget_s: float,
@@ -157,7 +164,7 @@ def _measure(
     samples = {name: Samples() for name in models}
     lead, burst = (LEAD, BURST) if workload.phase == "decode" else (0, 1)
     with torch_threads(target.threads), torch.inference_mode():
-        steps = {name: Step(model, workload) for name, model in models.items()}
+        steps = {name: Step(model, workload, make_cache=make_caches.get(name, new_cache)) for name, model in models.items()}
         for step in steps.values():
             step()
             step.reset()

@@ -5,8 +5,12 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
+
+from methods.formats.numerics import DTYPES
+from methods.kv import cache as packed
+from methods.kv.calibrate import Calibration
+from methods.kv.format import CacheFormat
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -15,20 +19,21 @@ _SPARE = 256
 """Tokens of room that a layer takes beyond what it needs."""
 
 
-def new_cache(model: Any) -> DynamicCache:
-    """The cache that a model's configuration asks for, with full-attention layers that grow in place.
+def new_cache(model: Any, fmt: CacheFormat | None = None, calibration: Calibration | None = None) -> DynamicCache:
+    """The cache that a model's configuration asks for; pass it as `past_key_values`, also to `generate`.
 
-    Layers with a sliding window stay as transformers makes them. Pass it as `past_key_values`, also to `generate`.
+    Without a format, and in that of the model's own dtype, full-attention layers grow in place and layers with a sliding window stay as
+    transformers makes them. In another format every layer is packed (`methods.kv.cache.new_cache`).
     """
-    from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    cache = DynamicCache(config=model.config)
+    if fmt is not None and (fmt.kind != "dense" or DTYPES[fmt.dense] != model.get_input_embeddings().weight.dtype):
+        return packed.new_cache(model, fmt, calibration)  # type: ignore[no-any-return]
     growing = _growing_layer()
-    cache.layers = [growing() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache = packed.with_layers(model, lambda index, made: growing() if type(made) is DynamicLayer else made)
     if getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
         cache.layer_class_to_replicate = growing
-    return cache
+    return cache  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -57,7 +62,7 @@ def _extended(layer: Any, which: str, new: Tensor) -> Tensor:
     buffer: Tensor | None = state.get(f"_{which}_buffer")
     if buffer is None or buffer.shape[2] < length or now.data_ptr() != buffer.data_ptr() or now.shape[0] != buffer.shape[0]:
         batch, heads, _, dim = new.shape
-        buffer = torch.empty((batch, heads, length + max(_SPARE, length // 2), dim), dtype=new.dtype)
+        buffer = new.new_empty((batch, heads, length + max(_SPARE, length // 2), dim))
         buffer[:, :, : now.shape[2]] = now
         state[f"_{which}_buffer"] = buffer
     buffer[:, :, now.shape[2] : length] = new

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.formats.format import Format, parse_format
+from methods.formats.sides import plain
 from methods.method import Edit
 from methods.model.structure import LayerSpec, Site, Structure
 from methods.model.weights import bias_of, weight_of
@@ -149,6 +150,12 @@ class Runtime:
         if absent:
             raise RuntimeRefusal(f"site {site.name}: the edit has no {absent[0]}; a site is compressed as a whole")
         parts = [edit.linears[name] for name in names]
+        if not all(plain(part.payload) for part in parts):
+            beside = sorted({name for part in parts for name in part.payload if "." in name})
+            raise RuntimeRefusal(
+                f"site {site.name}: its payload holds {', '.join(beside)} beside the grid, which no kernel computes; leave its edit out "
+                "where the model holds the decoded weights, and it runs dense"
+            )
         formats = sorted({part.format.name for part in parts})
         if len(formats) > 1:
             raise RuntimeRefusal(f"site {site.name}: layers in {formats}; fused layers share one format")

@@ -10,10 +10,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.config import ConfigError, RunConfig, add_flags, default_cache, from_arguments
+from search.config import ConfigError, add_flags, default_cache, from_arguments
 
 if TYPE_CHECKING:
     from search.results import Answer
@@ -94,10 +95,16 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("studies", nargs="+", metavar="STUDY", help="folders of studies")
     compare.add_argument("--all", action="store_true", help="also policies that another of the same study beats")
     compare.add_argument("--out", default="", help="picture to write (.png or .svg); default: none")
-    command("methods", _methods, "the compression methods there are")
+    methods = command("methods", _methods, "the compression methods there are")
+    methods.add_argument("name", nargs="?", default="", help="one method: its knobs, limits and what it refuses")
     command("targets", _targets, "the machines that can be searched for")
     doctor = command("doctor", _doctor, "what this machine can measure, and what spoils it")
     doctor.add_argument("--cache", default="", help="cache folder to check")
+    explain = command("explain", _explain, "which choices of an answer cost the quality and which save the time")
+    explain.add_argument("study", help="the study's folder")
+    explain.add_argument("--objective", default="", help="which answer, for example 0.6x; default: the latest")
+    explain.add_argument("--by", choices=["kind", "block", "site"], default="kind", help="what is swapped back together")
+    explain.add_argument("--layer", default="", metavar="TEXT", help="only sites whose name contains this")
     cache = command("cache", _cache, "what lies in the cache, and getting rid of it")
     cache.add_argument("--cache", default="", help="cache folder")
     cache.add_argument("--verify", action="store_true", help="read and check everything")
@@ -243,30 +250,12 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _methods(arguments: argparse.Namespace) -> int:
-    from methods.catalogue import METHODS
+    from search.method_list import details, listing, rows
 
-    rows = [
-        {
-            "name": method.name,
-            "stage": method.stage.value,
-            "needs": sorted(need.value for need in method.needs),
-            "parts": method.parts,
-            "knobs": {name: f"{spec.default} ({spec.text})" for name, spec in method.knobs.items()},
-            "simulated": method.simulated,
-            "source": f"{method.source.title} ({method.source.year}), {method.source.ref}",
-        }
-        for method in METHODS.values()
-    ]
     if arguments.json:
-        print(json.dumps(rows, indent=1))
-        return 0
-    for method, row in zip(METHODS.values(), rows, strict=True):
-        needs = ", ".join(need.value for need in sorted(method.needs, key=lambda need: need.value)) or "nothing"
-        parts = " + ".join(method.parts.values())
-        print(f"{method.name:<13} {method.stage.value}: {parts}; needs {needs}")
-        for name, spec in method.knobs.items():
-            print(f"{'':<13} {name} = {spec.default}: {spec.text}")
-        print(f"{'':<13} {row['source']}")
+        print(json.dumps(rows([arguments.name]) if arguments.name else rows(), indent=1))
+    else:
+        print(details(arguments.name) if arguments.name else listing())
     return 0
 
 
@@ -301,6 +290,26 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0 if all(finding.ok for finding in findings) else 1
 
 
+def _explain(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict, replace
+
+    from search.explain import explain, text
+    from search.progress import Progress
+    from search.results import saved_answer, saved_config, saved_prepared
+    from search.run import check_same
+    from search.session import Session
+
+    folder = Path(arguments.study)
+    answer, prepared = saved_answer(folder, arguments.objective), saved_prepared(folder)
+    session = Session(
+        replace(saved_config(folder), study=folder.resolve().name, results=str(folder.resolve().parent)), Progress()
+    )
+    check_same(session, prepared)
+    result = explain(folder, answer, session, prepared, arguments.by, arguments.layer)
+    print(json.dumps(_plain(asdict(result)), indent=1) if arguments.json else text(result))
+    return 0
+
+
 def _cache(arguments: argparse.Namespace) -> int:
     from search.cache import KINDS, clear, items
 
@@ -331,6 +340,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     else:
         print(arguments.prompt + result.text)
         sys.stderr.write(f"{result.n_tokens} tokens, {result.ms_per_token:.1f} ms each ({result.kernels})\n")
+        for reason, sites in result.simulated.items():
+            sys.stderr.write(
+                f"note: {len(sites)} sites are simulated ({reason}): they run decoded, as dense ones, not at the format's speed, "
+                "and their inputs are not rounded\n"
+            )
     return 0
 
 
@@ -351,8 +365,7 @@ def _materialize(arguments: argparse.Namespace) -> int:
     from search.generate import materialize
     from search.progress import Progress
 
-    names = {item for item in vars(arguments) if item in RunConfig.__dataclass_fields__ and item != "study"}
-    config = RunConfig(**{name: getattr(arguments, name) for name in names})
+    config = replace(from_arguments(arguments), study="")
     study = Path(arguments.study) if arguments.study else None
     materialize(Path(arguments.policy), Path(arguments.out), config, study, Progress())
     print(arguments.out)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from methods.catalogue import model_method
+from methods.policy import Decision
 from profilers.workload import Workload, parse_workload
 
 
@@ -82,6 +84,11 @@ class RunConfig:
         "quantizing methods, comma separated, each NAME or NAME:KNOB=VALUE:…; `search methods`",
         metavar="M,M,…",
     )
+    transform: str = _option(
+        "none",
+        "method of the whole model before anything at its sites: none, quarot or spinquant, with :KNOB=VALUE:…",
+        metavar="M",
+    )
     data: tuple[str, ...] = _option(
         [], "text: FILE, FOLDER or hf:NAME, for all roles or ROLE=SOURCE; may be repeated", metavar="SRC"
     )
@@ -115,10 +122,26 @@ class RunConfig:
             raise ConfigError(f"--runtime {self.runtime!r}: use isolatency or vllm")
         if self.latency:
             parse_objective(self.latency)
+        _ = self.transform_decision
         try:
             parse_workload(self.workload)
         except ValueError as error:
             raise ConfigError(f"--{error}") from None
+
+    @property
+    def transform_decision(self) -> Decision | None:
+        """What is decided for the model as a whole, or None; raises ConfigError where there is no such method or setting."""
+        if self.transform == "none":
+            return None
+        try:
+            decision = Decision.parse(self.transform.replace(":", ",").replace(",", ":", 1))
+            method = model_method(decision.method)
+            method.resolve(dict(decision.knobs))
+        except ValueError as error:
+            raise ConfigError(f"--transform {self.transform}: {error}") from None
+        if not method.rotates:
+            raise ConfigError(f"--transform {self.transform}: changes no weight of the model; use quarot or spinquant")
+        return decision
 
     @property
     def objective(self) -> Objective:
@@ -143,7 +166,8 @@ class RunConfig:
         if self.study:
             return self.study
         model = "smollm2-135m-instruct" if self.model == "default" else Path(self.model).name
-        parts = [model, self.target, *([] if self.runtime == "isolatency" else [self.runtime]), self.load.name]
+        changed = [name for name, plain in ((self.transform, "none"), (self.runtime, "isolatency")) if name != plain]
+        parts = [model, self.target, *changed, self.load.name]
         return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-")
 
     @property

@@ -25,6 +25,7 @@ def versions() -> dict[str, str]:
 
 def policy_file_of(session: Session, prepared: Prepared, item: Finalist, answer: Answer) -> Any:
     """The policy with everything that was measured of it."""
+    from methods.policy import Policy
     from methods.policy_file import PolicyFile
     from search.results import policy_name
 
@@ -43,10 +44,10 @@ def policy_file_of(session: Session, prepared: Prepared, item: Finalist, answer:
         measured.append({"metric": "kl_nats_per_token", "value": item.report_kl, "source": "measured", "dataset_sha256": sha})
         if item.perplexity == item.perplexity:
             measured.append({"metric": "perplexity", "value": item.perplexity, "source": "measured", "dataset_sha256": sha})
-    calibration = prepared.data["calibrate"]
+    calibration, decision = prepared.data["calibrate"], session.config.transform_decision
     tokens = calibration["sequences"] * calibration["length"]
     return PolicyFile(
-        policy=item.policy,
+        policy=Policy(item.policy.sites, () if decision is None else (decision,)),
         id=f"{session.config.study_name}-{policy_name(item, answer)}",
         model={"id": prepared.model["label"], "revision": prepared.model["digest"]},
         target={

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from methods.policy import DENSE
+from methods.rotate.model import refuses
 from profilers.table import LatencyTable
-from search.config import RunConfig
+from search.config import ConfigError, RunConfig
 from search.explore import FIRST_STAGE, N_SIMPLE
 from search.prepare import MIXED_RUNS, PROBES, table_keys
 from search.progress import Progress
@@ -15,7 +17,11 @@ from search.session import Session
 
 def dry_run(config: RunConfig, progress: Progress) -> dict[str, Any]:
     """What is to be decided, and counts of everything the run would do; loads the model, writes nothing to the study."""
-    session = Session(config, progress)
+    session = Session(replace(config, transform="none"), progress)
+    decision = config.transform_decision
+    reason = None if decision is None else refuses(session.model, session.loaded.structure, decision)
+    if reason:
+        raise ConfigError(f"--transform {config.transform}: {reason}")
     space = session.space
     keys = table_keys(session)
     table = LatencyTable.open(config.cache_folder / "tables", session.target)
@@ -27,6 +33,7 @@ def dry_run(config: RunConfig, progress: Progress) -> dict[str, Any]:
     return {
         "model": f"{session.loaded.label}: {len(structure.blocks)} blocks, {structure.n_parameters} parameters",
         "target": f"{session.target.name}: {session.target.description}, {session.target.threads} thread(s)",
+        "transform": "none" if decision is None else f"{decision.label}, which is not done in a dry run",
         "objective": f"{config.objective.text}, {config.load.unit}, {config.load.name}",
         "space": space.describe(),
         "kernel cells to measure": f"{len(table.missing(keys))} of {len(keys)}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,27 +13,41 @@ from typing import Any
 import torch
 
 from methods import checkpoint, policy_file
+from methods.catalogue import model_method
+from methods.formats.numerics import payload_bits
+from methods.formats.sides import plain
+from methods.kv.cache import new_cache
+from methods.kv.format import CacheFormat
 from methods.method import Edit
+from methods.model.structure import Structure
+from methods.policy import Policy
+from methods.recipes.cache import CacheMethod
+from profilers.kernels.catalogue import supported
 from profilers.runtime import KernelLinear, Runtime
 from profilers.sweep import torch_threads
 from profilers.table import LatencyTable
-from profilers.target import local_cpu
+from profilers.target import Target, local_cpu
 from search.config import ConfigError, RunConfig, default_cache
 from search.in_order import compress_in_order, ordered_bank, stored
 from search.prepared import Prepared
 from search.progress import Progress
 from search.results import Answer, saved_config
 from search.session import Session
+from search.transform import text_of
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Text and how fast it came: ms a token, the first one (prefill) left out; kernels: which ran how many sites."""
+    """Text and how fast it came: ms a token, the first one (prefill) left out; kernels: which ran how many sites.
+
+    simulated: by reason, the sites that no kernel runs: they are decoded, and slow, and their inputs are not rounded.
+    """
 
     text: str
     n_tokens: int
     ms_per_token: float
     kernels: str
+    simulated: Mapping[str, Sequence[str]]
 
 
 def generate(folder: Path, prompt: str, n_tokens: int, threads: int | None) -> Generated:
@@ -46,13 +61,18 @@ def generate(folder: Path, prompt: str, n_tokens: int, threads: int | None) -> G
     held = checkpoint.read(folder)
     target = local_cpu(threads)
     table = LatencyTable.open(default_cache() / "tables", target)
-    model = Runtime(loaded.model, loaded.structure, target, table).materialize(held.edits)
+    simulated = simulated_sites(loaded.structure, held.edits, target)
+    dense = {site for sites in simulated.values() for site in sites}
+    # The loaded model holds the decoded weights, so that a site without its edit runs them densely.
+    edits = {site: edit for site, edit in held.edits.items() if site not in dense}
+    model = Runtime(loaded.model, loaded.structure, target, table).materialize(edits)
     ids = loaded.tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise ValueError("--prompt: empty; give some text to continue")
     found, seconds = [], []
+    fmt = cache_format(policy_file.parse(held.policy_text, loaded.structure).policy, loaded.structure)
     with torch.inference_mode(), torch_threads(target.threads):
-        cache, step = None, ids
+        cache, step = new_cache(model, fmt) if fmt else None, ids
         for _ in range(n_tokens):
             began = time.perf_counter()
             out = model(input_ids=step, past_key_values=cache, use_cache=True)
@@ -63,7 +83,29 @@ def generate(folder: Path, prompt: str, n_tokens: int, threads: int | None) -> G
                 break
     text = loaded.tokenizer.decode(found, skip_special_tokens=True)
     later = sorted(seconds[1:]) or seconds
-    return Generated(text, len(found), later[len(later) // 2] * 1e3, _kernels(model))
+    return Generated(text, len(found), later[len(later) // 2] * 1e3, _kernels(model), simulated)
+
+
+def simulated_sites(structure: Structure, edits: Mapping[str, Edit], target: Target) -> dict[str, list[str]]:
+    """The sites whose payload no kernel runs on the target, by the reason: parts beside the grid, or the format."""
+    found: dict[str, list[str]] = {}
+    for name, edit in edits.items():
+        site = structure.site(name)
+        for layer in site.layers:
+            if layer.name not in edit.linears:
+                continue
+            compressed = edit.linears[layer.name]
+            n = site.d_out if site.shares_input else layer.d_out
+            if not plain(compressed.payload):
+                beside = {part.partition(".")[0].rstrip("0123456789") for part in compressed.payload if "." in part}
+                reason = f"{', '.join(sorted(beside))} beside the grid"
+            elif not supported(compressed.format, n, layer.d_in, 1, target):
+                reason = f"no kernel for {compressed.format.name}"
+            else:
+                continue
+            found.setdefault(reason, []).append(name)
+            break
+    return found
 
 
 def _kernels(model: torch.nn.Module) -> str:
@@ -75,20 +117,63 @@ def materialize(policy: Path, out: Path, config: RunConfig, study: Path | None, 
     """Turn a policy file into a checkpoint.
 
     With a study, the weights that it judged are used, bit for bit; otherwise sites are compressed here, calibrated on `config`'s text, and
-    in order on the compressed prefix.
+    in order on the compressed prefix. Simulated methods are as good as any here.
     """
     if study is not None:
         config = replace(saved_config(study), cache=config.cache)
+    else:
+        # Nothing is searched or validated: a sequence of each, because the text is dealt out to all roles.
+        config = replace(config, search_tokens=1, validation_tokens=1)
     session = Session(config, progress)
-    file = policy_file.read(policy, session.loaded.structure)
-    edits = _from_study(session, file) if study is not None else compress_in_order(session, file.policy, None, "compressing")
+    file = policy_file.read(policy, session.stored.structure)
+    cache_format(file.policy, session.stored.structure)
+    transform = text_of([decision for decision in file.policy.model if model_method(decision.method).rotates])
+    if study is None:
+        session.config = replace(config, transform=transform)
+    elif transform != text_of([config.transform_decision] if config.transform_decision else []):
+        raise ConfigError(
+            f"{study}: its --transform {config.transform} is not that of {policy}; leave --study out to compress here"
+        )
+    edits = _from_study(session, file) if study is not None else _compressed(session, file.policy)
     checkpoint.write(out, session.loaded, file, edits)
 
 
+def cache_format(policy: Policy, structure: Structure) -> CacheFormat | None:
+    """The key/value cache that a policy decides on, None for the model's own; raises ValueError where model or checkpoint refuse it."""
+    found = [(m, dict(d.knobs)) for d in policy.model if isinstance(m := model_method(d.method), CacheMethod)]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise ValueError(f"the policy decides on {len(found)} key/value caches; a model has one")
+    method, knobs = found[0]
+    reason = method.refuses(structure, knobs)
+    fmt = method.cache_format(knobs)
+    if reason is None and fmt.calibrated:
+        reason = f"{method.name}: {fmt.name} needs a calibration, for which a checkpoint has no place; use one that needs none"
+    if reason:
+        raise ValueError(reason)
+    return fmt
+
+
+def _compressed(session: Session, policy: Policy) -> dict[str, Edit]:
+    """The policy's edits made in order, with a line of progress for every block."""
+    structure, progress = session.loaded.structure, session.progress
+    began = time.monotonic()
+
+    def finished(block: int, edits: Mapping[str, Edit]) -> None:
+        bits = sum(payload_bits(c.format, c.payload) for edit in edits.values() for c in edit.linears.values())
+        weights = sum(c.dense.numel() for edit in edits.values() for c in edit.linears.values())
+        what = f"{len(edits)} sites, {bits / weights:.2f} bits a weight" if weights else "dense"
+        progress.say(f"block {block + 1} of {len(structure.blocks)}: {what}, {time.monotonic() - began:.0f} s")
+
+    return compress_in_order(session, policy, None, "compressing", finished)
+
+
 def _from_study(session: Session, file: policy_file.PolicyFile) -> dict[str, Edit]:
-    bank = ordered_bank(session, file.policy) if file.weights_algo.get("in_order") else session.bank
+    sites = Policy(file.policy.sites)
+    bank = ordered_bank(session, sites) if file.weights_algo.get("in_order") else session.bank
     try:
-        return stored(session, file.policy, bank)
+        return stored(session, sites, bank)
     except KeyError as error:
         raise ConfigError(f"{session.config.folder}: {error.args[0]}; leave --study out to compress here") from None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from methods import catalogue
 from methods.apply import site_view
@@ -29,32 +29,46 @@ def needs_order(policy: Policy) -> bool:
     return any(catalogue.needs(decisions) for decisions in policy.sites.values())
 
 
-def compress_in_order(session: Session, policy: Policy, bank: Bank | None, name: str) -> dict[str, Edit]:
-    """The policy's edits by site. With a bank, what it holds is taken from there and the rest is kept in it."""
+def compress_in_order(
+    session: Session,
+    policy: Policy,
+    bank: Bank | None,
+    name: str,
+    finished: Callable[[int, Mapping[str, Edit]], None] | None = None,
+) -> dict[str, Edit]:
+    """The policy's edits by site. With a bank, what it holds is taken from there and the rest is kept in it.
+
+    finished(block, its edits) is called when a block is done.
+    """
     structure = session.loaded.structure
     chosen = {site.name: policy.at(site.name)[0] for site in structure.sites if policy.at(site.name)[0] != DENSE}
     result: dict[str, Edit] = {}
 
-    def edit(site_name: str, stats: Mapping[str, Stats]) -> Edit:
-        decision = chosen[site_name]
-        if bank is not None and bank.has(site_name, decision):
-            return bank.get(site_name, decision)
-        made = catalogue.apply(site_view(session.model, structure, structure.site(site_name)), stats, decision)
-        if bank is not None:
-            bank.put(site_name, decision, made)
-        return made
+    def visit(block: int, stats: Mapping[str, Stats]) -> dict[str, Edit]:
+        own = {site.name: site for site in structure.in_block(block) if site.name in chosen}
+        kept = {name: bank.get(name, chosen[name]) for name in own if bank is not None and bank.has(name, chosen[name])}
+        views = [site_view(session.model, structure, site) for name, site in own.items() if name not in kept]
+        new = catalogue.apply_block(views, stats, chosen, kept)
+        for name, edit in new.items():
+            if bank is not None:
+                bank.put(name, chosen[name], edit)
+        result.update({name: kept[name] if name in kept else new[name] for name in own})
+        if finished is not None:
+            finished(block, {name: result[name] for name in own})
+        return {name: result[name] for name in own}
 
     if all(bank is not None and bank.has(site, decision) for site, decision in chosen.items()) or not needs_order(policy):
-        return {site: edit(site, {}) for site in chosen}
+        for block in range(len(structure.blocks)):
+            visit(block, {})
+        return result
     session.switch.dense()
     with session.progress.bar(name) as update, all_threads():
 
-        def visit(block: int, stats: Mapping[str, Stats]) -> dict[str, Edit]:
-            own = {site.name: edit(site.name, stats) for site in structure.in_block(block) if site.name in chosen}
-            result.update(own)
+        def reported(block: int, stats: Mapping[str, Stats]) -> dict[str, Edit]:
+            own = visit(block, stats)
             update(block + 1, len(structure.blocks))
             return own
 
         needs = {site: catalogue.needs([decision]) for site, decision in chosen.items()}
-        sweep(session.model, structure, session.corpora["calibrate"].sequences(), needs, visit)
+        sweep(session.model, structure, session.corpora["calibrate"].sequences(), needs, reported)
     return result

@@ -30,6 +30,8 @@ from search.session import Session, all_threads
 PROBES = 4
 PROBE_SEQUENCES = 8
 PROBE_LENGTH = 128
+SCORES = 2
+"""Counts the formulas of `predictors.sensitivity`: scores of another one are computed again."""
 MIXED_RUNS = 6
 
 
@@ -46,9 +48,8 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
     decisions = decisions_of(sites)
     calibrate(session, decisions)
     calibrated_s = time.monotonic() - began - priced_s - mapped_s - text_s
-    score_key = content_key(
-        key, session.loaded.digest, corpora["search"].sha256, corpora["calibrate"].sha256, PROBES, PROBE_LENGTH
-    )
+    texts = (corpora["search"].sha256, corpora["calibrate"].sha256)
+    score_key = content_key(key, session.loaded.digest, *texts, PROBES, PROBE_LENGTH, SCORES)
     scores = _cached(steps, "scores", score_key, lambda: score_choices(session, decisions))
     scored_s = time.monotonic() - began - priced_s - mapped_s - text_s - calibrated_s
     loaded = session.loaded

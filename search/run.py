@@ -117,7 +117,7 @@ def _check_saved(config: RunConfig, folder: Path) -> None:
     """Raises ConfigError where the folder's study is about something else; what only steers the search may change."""
     saved = read_toml(folder / "config.toml")
     for name in _IDENTITY:
-        mine, theirs = getattr(config, name), saved.get(name)
+        mine, theirs = getattr(config, name), saved.get(name, getattr(RunConfig(), name))
         if mine != theirs:
             raise ConfigError(
                 f"{folder}: a study with --{name.replace('_', '-')} {_shown(theirs)}, here it is {_shown(mine)}; choose another --study"
@@ -130,6 +130,7 @@ def _shown(value: Any) -> str:
 
 _IDENTITY = (
     "model",
+    "transform",
     "target",
     "runtime",
     "workload",
@@ -175,6 +176,8 @@ def prepare_study(session: Session, steps: Steps, key: str) -> Prepared:
     """Latency table, whole-model map, calibration and sensitivities; kept under `key`."""
     from search.prepare import prepare
 
+    # What cannot be searched is refused before the model writes text or anything is measured.
+    _ = session.space
     open_store(session)
     prepared = prepare(session, steps, key)
     steps.put("prepared", key, prepared.to_json())

@@ -27,6 +27,7 @@ from search.data import ROLES, Corpus, generate_tokens, parse_sources, roles_fro
 from search.evaluate import Switch
 from search.files import content_key
 from search.progress import Progress
+from search.transform import transformed
 from spaces.runtimes import DEFAULT_FORMATS, runtime
 from spaces.space import Space, build
 
@@ -48,8 +49,8 @@ class Session:
         return resolve(self.config.target, threads=self.config.threads or None)
 
     @cached_property
-    def loaded(self) -> LoadedModel:
-        """Model, tokenizer and structure."""
+    def stored(self) -> LoadedModel:
+        """The model as it is stored; where the run transforms it, its weights are another's once `loaded` was asked for."""
         spec = None if self.config.model == "default" else self.config.model
         loaded = load(spec, self.config.cache_folder, log=self.progress.say)
         n = loaded.structure.n_parameters
@@ -57,6 +58,16 @@ class Session:
             f"{loaded.label}: {loaded.structure.architecture}, {n / 1e6:.0f} M parameters, {loaded.structure.dtype}"
         )
         return loaded
+
+    @cached_property
+    def loaded(self) -> LoadedModel:
+        """Model, tokenizer and structure of everything that the run decides, computes and measures."""
+        decision = self.config.transform_decision
+        if decision is None:
+            return self.stored
+        # The text first: a model that writes its own does so as it is stored, so that every transform is judged on the same.
+        batches = self.corpora["calibrate"].sequences()
+        return transformed(self.stored, decision, batches, self.config.cache_folder, self.progress)
 
     @property
     def model(self) -> torch.nn.Module:
@@ -97,7 +108,7 @@ class Session:
     @cached_property
     def corpora(self) -> Mapping[str, Corpus]:
         """The text of all roles, cached where the model writes it itself."""
-        config, structure = self.config, self.loaded.structure
+        config, structure = self.config, self.stored.structure
         length = min(config.sequence, self.longest_sequence)
         tokens = {
             "calibrate": config.calibration_tokens,
@@ -108,19 +119,19 @@ class Session:
         sizes = {role: -(-tokens[role] // length) for role in ROLES}
         sources = parse_sources(config.data)
         if sources:
-            if self.loaded.tokenizer is None:
+            if self.stored.tokenizer is None:
                 raise ValueError(
-                    f"{self.loaded.source}: no tokenizer, so --data cannot be read; leave it out or add tokenizer.json"
+                    f"{self.stored.source}: no tokenizer, so --data cannot be read; leave it out or add tokenizer.json"
                 )
-            return roles_from_text(sources, self.loaded.tokenizer, sizes, length, config.seed)
-        key = content_key(self.loaded.digest, length, sum(sizes.values()), config.seed, structure.n_vocab)
+            return roles_from_text(sources, self.stored.tokenizer, sizes, length, config.seed)
+        key = content_key(self.stored.digest, length, sum(sizes.values()), config.seed, structure.n_vocab)
         path = config.cache_folder / "generated" / f"{key}.safetensors"
         return roles_from_tokens(self._generated(path, sum(sizes.values()), length), sizes)
 
     @property
     def longest_sequence(self) -> int:
         """Positions that the model has; the configured sequence where it does not say."""
-        config = self.loaded.model.config
+        config = self.stored.model.config
         return int(
             getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or self.config.sequence
         )
@@ -136,7 +147,7 @@ class Session:
             f"no --data: the model writes {n_sequences} sequences of {length} tokens itself (kept for later runs)"
         )
         with self.progress.bar("writing text") as update, all_threads():
-            writer = Runtime(self.model, self.loaded.structure, self.target).materialize({})
+            writer = Runtime(self.stored.model, self.stored.structure, self.target).materialize({})
             tokens = generate_tokens(writer, new_cache, n_sequences, length, self.config.seed, update)
         write_bytes(path, save({"tokens": tokens}))
         return tokens

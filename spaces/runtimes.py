@@ -28,6 +28,8 @@ class Loads:
 
     def refuses(self, fmt: Format, site: Site) -> str | None:
         """Why the family does not cover the format at the site, or None; the first difference, the most telling first."""
+        if not fmt.plain:
+            return f"{fmt.name} is not among its kernels, which know integers with bf16 scales and int8 activations a token"
         if not fmt.symmetric:
             return "only symmetric grids"
         if (fmt.bits, _activations(fmt)) not in {(bits, self.act) for bits in self.bits}:
@@ -58,7 +60,7 @@ class Runtime:
         if fmt.dense:
             return None
         if not fmt.divides(site.d_in):
-            return f"group {fmt.group} does not divide {site.d_in} inputs"
+            return f"group {fmt.unit} does not divide {site.d_in} inputs"
         if not self.experts and site.kind.startswith("expert"):
             return f"{self.name} gets no models with experts from here"
         if not self.transposed and any(layer.transposed for layer in site.layers):

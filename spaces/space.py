@@ -17,6 +17,7 @@ Refuses = Callable[[Format, Site], str | None]
 """Why a format cannot run at a site, or None."""
 
 _GROUPS = (128, 64, 32, 16, -1)
+_SIMULATED = "no latency of its own: "
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def build(
 
     formats: names; dense ones add nothing, the dense choice is always there. Where a group does not divide a site's inputs, the
     largest smaller one that does and that runs takes its place, or one scale a channel, and a note says so.
-    Raises ValueError for a model with experts on a runtime that gets none, and where nothing can be compressed at any site, with the
-    commonest reason.
+    What no kernel runs (`Plan.simulated`) has no latency and is dropped. Raises ValueError for a model with experts on a runtime that
+    gets none, for a method that is simulated wherever it is legal, and, with the commonest reason, where nothing can be compressed.
     """
     if not runtime.experts and any(site.kind.startswith("expert") for site in structure.sites):
         raise ValueError(
@@ -103,8 +104,9 @@ def build(
         found = [_dense(site, structure)]
         for decision in (with_format(m, fmt) for fmt in dict.fromkeys(fitting.values()) for m in methods):
             reason = catalogue.refuses(site, decision)
-            if reason:
-                reasons[decision.label] = reason
+            simulated = reason is None and catalogue.plan(site, decision).simulated
+            if reason or simulated:
+                reasons[decision.label] = reason or f"{_SIMULATED}{simulated}"
             else:
                 found.append(_choice(site, decision))
         choices[site.name] = tuple(found)
@@ -112,15 +114,34 @@ def build(
             dropped[site.name] = MappingProxyType(reasons)
     notes = tuple(f"{text}: {_count(sites)}" for text, sites in replaced.items())
     space = Space(MappingProxyType(choices), MappingProxyType(dropped), notes)
+    _check_priced(space, methods)
     if all(len(found) == 1 for found in choices.values()):
         raise ValueError(_nothing(space, formats, methods, runtime))
     return space
 
 
+def _check_priced(space: Space, methods: Sequence[str]) -> None:
+    """Raises ValueError for a method, asked for by name, that nothing could ever choose because none of its choices has a latency."""
+    chosen = {choice.decision.method for choices in space.choices.values() for choice in choices}
+    reasons = [item for dropped in space.dropped.values() for item in dropped.items()]
+    for method in methods:
+        name = _parsed(method).method
+        own = [r for label, r in reasons if label.partition(":")[0] == name and r.startswith(_SIMULATED)]
+        if own and name not in chosen:
+            raise ValueError(
+                f"{name} is simulated ({own[0].removeprefix(_SIMULATED)}), so it has no latency that an objective could meet; "
+                "leave it out of --methods, `search materialize` applies it"
+            )
+
+
 def with_format(method: str, fmt: Format) -> Decision:
     """The decision of a method, written `NAME` or `NAME:KNOB=VALUE:KNOB=VALUE`, with a format."""
-    decision = Decision.parse(method.replace(":", ",").replace(",", ":", 1))
+    decision = _parsed(method)
     return Decision.of(decision.method, **{**dict(decision.knobs), "format": fmt.name})
+
+
+def _parsed(method: str) -> Decision:
+    return Decision.parse(method.replace(":", ",").replace(",", ":", 1))
 
 
 def _fitting(
@@ -143,7 +164,8 @@ def _fitting(
 
 
 def _candidates(asked: Format, d_in: int) -> list[Format]:
-    if asked.divides(d_in):
+    # A format of another kind is what it is by its group, too.
+    if asked.divides(d_in) or not asked.integer:
         return [asked]
     groups = [group for group in _GROUPS if group < asked.group and (group == -1 or d_in % group == 0)]
     return [replace(asked, group=group, act_group=-1 if asked.act_group == -1 else group) for group in groups]

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from methods.formats.codecs import CODECS, ROW, TENSOR, WIDTHS, Codec
+from methods.formats.elements import BITS, MINIFLOATS, OWN_LEVELS, levels
+
 DENSE_DTYPES = ("fp32", "bf16", "fp16")
-WEIGHT_BITS = (2, 3, 4, 8)
-_NAME = re.compile(r"w(?P<bits>\d+)a(?P<act>8|16)(?P<token>-token)?(?:-g(?P<group>\d+))?(?P<asym>-asym)?")
+ACT_BITS = (4, 6, 8, 16)
+_ACT_CODECS = ("fp16", "e8m0", "nv")
+_NAME = re.compile(
+    r"(?P<weight>e\dm\d|[a-z]+?(?P<bits>\d+))a(?P<act>\d+|e\dm\d)(?P<share>-token|-tensor|-super)?"
+    rf"(?:-g(?P<group>\d+)|-b(?P<rows>\d+)x(?P<cols>\d+)|(?P<whole>-whole))?(?:-(?P<codec>{'|'.join(CODECS)}))?(?P<asym>-asym)?"
+)
+GRAMMAR = (
+    "<element>a<act>[-token|-tensor|-super][-g<group>|-b<rows>x<group>|-whole][-<codec>][-asym] with the elements "
+    "w2…w8, e4m3, e5m2, e3m2, e2m3, e2m1, nf3, nf4, tern2, bin1, bcq1…bcq4, lut2…lut4, the activations 16, 8, 6, 4 or a minifloat "
+    f"and the scale codecs {', '.join(CODECS)}, e.g. w4a8-g64"
+)
 
 
 @dataclass(frozen=True, order=True)
 class Format:
-    """A number format of a linear layer.
+    """A number format of a linear layer: value = scale * level[code] (+ offset).
 
-    dense: the dtype of an unquantized weight (`fp32`, `bf16`, `fp16`) or "" for an integer grid.
-    bits: bits of a weight code (16 or 32 for dense).
-    group: consecutive inputs that share a scale; -1 is one scale a channel (output row).
-    symmetric: the grid is `scale * (u - 2**(bits-1))`; otherwise `scale * u + offset` with a bf16 offset a group.
-    act_bits: 16 leaves activations alone; 8 rounds them dynamically to int8.
-    act_group: inputs that share an activation scale, a token; -1 is one scale a token.
+    dense: the dtype of an unquantized weight (`fp32`, `bf16`, `fp16`) or "" for a grid.
+    bits: stored bits of a weight code (16 or 32 for dense).
+    group: consecutive inputs that share a scale; -1 is all of them. rows: consecutive outputs that share it; -1 is all of them.
+    symmetric: there is no offset; an integer grid is then `scale * (u - 2**(bits-1))`, otherwise `scale * u + offset`.
+    element: what codes stand for, of `methods.formats.elements.BITS`. codec: how scales are stored, of `methods.formats.codecs.CODECS`.
+    act_bits: 16 leaves activations alone; fewer round them, by default dynamically and symmetrically.
+    act_group: inputs that share an activation scale; -1 is all of them. act_rows: 1, a scale a token, or -1, one for all tokens at
+    hand. act_element: `int` or a minifloat.
     """
 
     bits: int
@@ -28,42 +44,87 @@ class Format:
     act_bits: int = 16
     act_group: int = -1
     dense: str = ""
+    element: str = "int"
+    rows: int = 1
+    codec: str = "bf16"
+    act_element: str = "int"
+    act_rows: int = 1
 
     def __post_init__(self) -> None:
         if self.dense:
             if self.dense not in DENSE_DTYPES:
                 raise ValueError(f"format: dense={self.dense!r}; use one of {DENSE_DTYPES}")
             return
-        if self.bits not in WEIGHT_BITS:
-            raise ValueError(f"format: bits={self.bits}; integer grids have {WEIGHT_BITS} bits")
-        if self.group != -1 and (self.group < 16 or self.group % 16):
-            raise ValueError(f"format: group={self.group}; use a multiple of 16, or -1 for one scale a channel")
-        if self.act_bits not in (8, 16):
-            raise ValueError(f"format: act_bits={self.act_bits}; use 8 or 16")
-        if self.act_group not in (-1, self.group):
-            raise ValueError(f"format: act_group={self.act_group}; use -1 (a token) or the weight's group={self.group}")
+        _check_element(self)
+        _check_layout(self)
+        _check_activations(self)
 
     @property
     def name(self) -> str:
-        """`bf16`, `w4a8-g64`, `w8a8-token`, `w4a16-g32-asym`, …; `parse_format` reads it back.
+        """`bf16`, `w4a8-g64`, `w8a8-token`, `w4a16-g32-asym`, `nvfp4a16`, `q4_k`, …; `parse_format` reads it back.
 
-        `w4a8-g64` rounds activations per token and group of 64; `w4a8-token-g64` per token.
+        `w4a8-g64` rounds activations per token and group of 64; `w4a8-token-g64` per token; `w8a8-tensor` all tokens alike.
         """
-        if self.dense:
-            return self.dense
-        token = "-token" if self.act_bits == 8 and self.act_group == -1 else ""
-        group = f"-g{self.group}" if self.group != -1 else ""
-        return f"w{self.bits}a{self.act_bits}{token}{group}{'' if self.symmetric else '-asym'}"
+        return self.dense or _NAME_OF.get(self) or _written(self)
 
     @property
     def levels(self) -> int:
-        """How many values a weight can take within its group."""
-        return int(2**self.bits)
+        """How many values a weight can take within its group, a few of which may coincide or be no numbers."""
+        return len(levels(self.element, self.bits)) or int(2**self.bits)
 
     @property
     def code_range(self) -> tuple[int, int]:
         """Lowest and highest code; symmetric 8 bits leave out -128, which int8 kernels that use |u| cannot hold."""
-        return int(self.symmetric and self.bits == 8), self.levels - 1
+        return int(self.symmetric and self.bits == 8 and self.element == "int"), self.levels - 1
+
+    @property
+    def integer(self) -> bool:
+        """Whether weights lie on integer grids with bf16 scales a channel or a group."""
+        return not self.dense and (self.element, self.codec, self.rows) == ("int", "bf16", 1)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is integer, of 2, 3, 4 or 8 bits, with inputs left alone or rounded to int8 by token: what our kernels know."""
+        return (
+            self.integer
+            and self.bits in (2, 3, 4, 8)
+            and self.act_bits in (8, 16)
+            and (self.act_element, self.act_rows) == ("int", 1)
+        )
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows are stored apart, so that weights can be fitted and kept one below the other."""
+        return self.dense != "" or (self.rows == 1 and self.scales.span != TENSOR and not self.scales.mean)
+
+    @property
+    def scales(self) -> Codec:
+        """The codec of the scales."""
+        return CODECS[self.codec]
+
+    @property
+    def act_codec(self) -> str:
+        """How an activation's scale is stored: as the weight's where that is `fp16`, `e8m0` or `nv`, otherwise in fp32."""
+        return self.codec if self.codec in _ACT_CODECS else "fp32"
+
+    @property
+    def activation(self) -> tuple[str, int, int, int, str]:
+        """The rule by which inputs are rounded: formats with equal ones round them alike."""
+        return self.act_element, self.act_bits, self.act_group, self.act_rows, self.act_codec
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Bits of the payload parts that are uint8 codes of fewer than eight, by part."""
+        narrow = {"codes": self.bits}
+        if not self.dense and self.scales.width < 8:
+            narrow |= {"scale": self.scales.width, "offset": self.scales.width}
+        return narrow
+
+    @property
+    def unit(self) -> int:
+        """What the number of inputs has to be a multiple of."""
+        spans = [] if self.dense or self.scales.mean else [self.scales.span]
+        return math.lcm(*(size for size in (self.group, self.act_group, *spans) if size > 0))
 
     def groups(self, d_in: int) -> int:
         """Number of groups of a row; raises ValueError where the group does not divide it."""
@@ -72,37 +133,177 @@ class Format:
 
     def group_size(self, d_in: int) -> int:
         """The group in inputs, with -1 resolved; raises ValueError where it does not divide `d_in`."""
-        if self.dense or self.group == -1:
-            return d_in
-        if d_in % self.group:
+        if not self.divides(d_in):
             divisors = [g for g in (16, 32, 48, 64, 96, 128, 192, 256) if d_in % g == 0]
-            raise ValueError(f"{self.name}: group={self.group} does not divide d_in={d_in}; use one of {divisors or [-1]}")
-        return self.group
+            way = f"use one of {divisors or [-1]}" if self.unit == self.group else "use another format"
+            raise ValueError(f"{self.name}: group={self.unit} does not divide d_in={d_in}; {way}")
+        return d_in if self.dense or self.group == -1 else self.group
 
     def divides(self, d_in: int) -> bool:
-        """Whether the group divides a row of `d_in` inputs."""
-        return bool(self.dense) or self.group == -1 or d_in % self.group == 0
+        """Whether groups and super-blocks divide a row of `d_in` inputs."""
+        return bool(self.dense) or d_in % self.unit == 0
 
-    def bits_per_weight(self, d_in: int) -> float:
-        """Stored bits a weight, scales and offsets (16 bits each) included."""
+    def blocks(self, d_out: int) -> int:
+        """How many sets of rows share scales; the last may be smaller."""
+        return 1 if self.rows == -1 else -(-d_out // self.rows)
+
+    def overhead_bits(self, d_out: int, d_in: int) -> int:
+        """Bits that a weight's scales, offsets and levels take, of every level of storage."""
+        if self.dense:
+            return 0
+        n_blocks, n_groups = self.blocks(d_out), self.groups(d_in)
+        sets = n_blocks * n_groups
+        offset = 0 if self.symmetric else 1
+        if self.element in OWN_LEVELS:
+            return sets * 16 * ((self.bits if self.element == "bcq" else self.levels) + offset)
+        bits = sets * self.scales.width
+        if self.scales.span:
+            bits += WIDTHS[self.scales.second] * _second_level(self.scales, n_blocks, n_groups, d_in)
+        return bits * (1 + offset)
+
+    def bits_per_weight(self, d_in: int, d_out: int | None = None) -> float:
+        """Stored bits a weight, scales and offsets of every level included.
+
+        d_out: the number of outputs matters where they share scales; None is a weight of very many.
+        """
         if self.dense:
             return float(self.bits)
-        return self.bits + (16 if self.symmetric else 32) / self.group_size(d_in)
+        n_rows = d_out or (1 if self.by_rows else 2**30)
+        return self.bits + self.overhead_bits(n_rows, d_in) / (n_rows * d_in)
+
+
+def _second_level(codec: Codec, n_blocks: int, n_groups: int, d_in: int) -> int:
+    if codec.mean:
+        return -(-n_blocks * n_groups // codec.span) + 1
+    return {ROW: n_blocks, TENSOR: 1}.get(codec.span) or n_blocks * d_in // codec.span
+
+
+def _check_element(fmt: Format) -> None:
+    if fmt.element not in BITS:
+        raise ValueError(f"format: element={fmt.element!r}; use one of {', '.join(BITS)}")
+    if fmt.bits not in BITS[fmt.element]:
+        kind = "integer grids" if fmt.element == "int" else f"{fmt.element} codes"
+        raise ValueError(f"format: bits={fmt.bits}; {kind} have {BITS[fmt.element]} bits")
+    if fmt.codec not in CODECS:
+        raise ValueError(f"format: codec={fmt.codec!r}; use one of {', '.join(CODECS)}")
+    if fmt.element in OWN_LEVELS and fmt.codec != "bf16":
+        raise ValueError(f"format: codec={fmt.codec!r}; {fmt.element} stores levels in bf16 and no scales")
+    if not fmt.symmetric and (fmt.element not in ("int", "bcq") or not fmt.scales.offsets):
+        raise ValueError(f"format: {fmt.element} with {fmt.codec} scales has no offset; leave -asym out")
+
+
+def _check_layout(fmt: Format) -> None:
+    if fmt.group != -1 and (fmt.group < 16 or fmt.group % 16):
+        raise ValueError(f"format: group={fmt.group}; use a multiple of 16, or -1 for one scale a channel")
+    if fmt.rows < 1 and fmt.rows != -1:
+        raise ValueError(f"format: rows={fmt.rows}; use 1, a number of rows that share a scale, or -1 for all of them")
+    if fmt.rows == -1 and fmt.group != -1:
+        raise ValueError(
+            f"format: rows=-1 with group={fmt.group}; one scale for all rows is one for the whole weight, group=-1"
+        )
+    if fmt.rows != 1 and (fmt.scales.span or fmt.element == "bcq"):
+        raise ValueError(f"format: rows={fmt.rows}; {fmt.element} with {fmt.codec} scales has scales of its own in every row")
+    if fmt.scales.span > 0 and not fmt.scales.mean and (fmt.group == -1 or fmt.scales.span % fmt.group):
+        raise ValueError(f"format: group={fmt.group} with {fmt.codec} scales; use a divisor of {fmt.scales.span}")
+
+
+def _check_activations(fmt: Format) -> None:
+    if fmt.act_element not in ("int", *MINIFLOATS):
+        raise ValueError(f"format: act_element={fmt.act_element!r}; use int or one of {', '.join(MINIFLOATS)}")
+    allowed = ACT_BITS if fmt.act_element == "int" else BITS[fmt.act_element]
+    if fmt.act_bits not in allowed:
+        raise ValueError(f"format: act_bits={fmt.act_bits}; use one of {allowed} with {fmt.act_element}")
+    span = fmt.scales.span
+    if fmt.act_group not in (-1, fmt.group, *([span] if span > 0 and not fmt.scales.mean else [])):
+        raise ValueError(f"format: act_group={fmt.act_group}; use -1 (a token) or the weight's group={fmt.group}")
+    if fmt.act_rows not in (1, -1) or (fmt.act_rows == -1 and fmt.act_group != -1):
+        raise ValueError(f"format: act_rows={fmt.act_rows}; use 1 (a token), or -1 (all tokens) with act_group=-1")
+    if fmt.act_bits == 16 and (fmt.act_group, fmt.act_rows) != (-1, 1):
+        raise ValueError(f"format: act_group={fmt.act_group}, act_rows={fmt.act_rows} mean nothing with act_bits=16")
+
+
+def _written(fmt: Format) -> str:
+    weight = fmt.element if fmt.element in MINIFLOATS else f"{'w' if fmt.element == 'int' else fmt.element}{fmt.bits}"
+    act = str(fmt.act_bits) if fmt.act_element == "int" else fmt.act_element
+    share = ""
+    if fmt.act_bits != 16:
+        share = "-tensor" if fmt.act_rows == -1 else "-token" if fmt.act_group == -1 else ""
+        share = share or ("" if fmt.act_group == fmt.group else "-super")
+    layout = "" if fmt.group == -1 else f"-g{fmt.group}" if fmt.rows == 1 else f"-b{fmt.rows}x{fmt.group}"
+    layout = "-whole" if fmt.rows == -1 else layout
+    codec = "" if fmt.codec == "bf16" else f"-{fmt.codec}"
+    return f"{weight}a{act}{share}{layout}{codec}{'' if fmt.symmetric else '-asym'}"
 
 
 def parse_format(name: str) -> Format:
     """The format of a name; raises ValueError with the grammar on anything else."""
     if name in DENSE_DTYPES:
         return Format(bits=32 if name == "fp32" else 16, dense=name)
+    if name in NAMED:
+        return NAMED[name]
     match = _NAME.fullmatch(name)
-    if not match or (match["token"] and match["act"] == "16"):
-        raise ValueError(
-            f"unknown format {name!r}; write {', '.join(DENSE_DTYPES)} or w<bits>a<8|16>[-token][-g<group>][-asym], e.g. w4a8-g64"
-        )
-    group = int(match["group"] or -1)
-    act_bits = int(match["act"])
-    act_group = -1 if act_bits == 16 or match["token"] else group
-    result = Format(int(match["bits"]), group, not match["asym"], act_bits, act_group)
+    if not match or (match["share"] and match["act"] == "16"):
+        raise ValueError(f"unknown format {name!r}; write {', '.join(DENSE_DTYPES)}, one of {', '.join(NAMED)}, or {GRAMMAR}")
+    result = _read(match)
     if result.name != name:
         raise ValueError(f"format {name!r} is written {result.name!r}")
     return result
+
+
+def _read(match: re.Match[str]) -> Format:
+    weight, act, share = match["weight"], match["act"], match["share"]
+    element = weight if weight in MINIFLOATS else weight.rstrip("0123456789")
+    bits = BITS[weight][0] if weight in MINIFLOATS else int(match["bits"] or 0)
+    group, codec = int(match["group"] or match["cols"] or -1), match["codec"] or "bf16"
+    act_group = group if act != "16" and share is None else -1
+    return Format(
+        bits,
+        group,
+        not match["asym"],
+        BITS[act][0] if act in MINIFLOATS else int(act) if act.isdigit() else 0,
+        CODECS[codec].span if share == "-super" else act_group,
+        element="int" if element == "w" else element,
+        rows=-1 if match["whole"] else int(match["rows"] or 1),
+        codec=codec,
+        act_element="int" if act.isdigit() else act,
+        act_rows=-1 if share == "-tensor" else 1,
+    )
+
+
+def _gguf() -> dict[str, Format]:
+    """llama.cpp's types: its products round activations to int8, 32 inputs and an fp16 scale, or 256 and an fp32 one for K-quants."""
+    table = {f"q{bits}_0": Format(bits, 32, True, 8, 32, codec="fp16") for bits in (4, 5, 8)}
+    table |= {f"q{bits}_1": Format(bits, 32, False, 8, 32, codec="fp16") for bits in (4, 5)}
+    table["q2_k"] = Format(2, 16, False, 8, 256, codec="k4")
+    table["q3_k"] = Format(3, 16, True, 8, 256, codec="k6s")
+    table |= {f"q{bits}_k": Format(bits, 32, False, 8, 256, codec="k6") for bits in (4, 5)}
+    table["q6_k"] = Format(6, 16, True, 8, 256, codec="k8s")
+    return table
+
+
+def _microscaling() -> dict[str, Format]:
+    """OCP's block formats and NVIDIA's: weights alone (`a16`) and with activations in the same kind of blocks, rounded dynamically."""
+    names = {"e2m1": "mxfp4", "e2m3": "mxfp6e2m3", "e3m2": "mxfp6e3m2", "e4m3": "mxfp8", "e5m2": "mxfp8e5m2"}
+    table = {}
+    for element, name in names.items():
+        bits = BITS[element][0]
+        table[f"{name}a16"] = Format(bits, 32, element=element, codec="e8m0")
+        table[f"{name}a{bits}"] = Format(bits, 32, True, bits, 32, element=element, codec="e8m0", act_element=element)
+    table["mxfp4a8"] = Format(4, 32, True, 8, 32, element="e2m1", codec="e8m0", act_element="e4m3")
+    table["nvfp4a16"] = Format(4, 16, element="e2m1", codec="nv")
+    table["nvfp4a4"] = Format(4, 16, True, 4, 16, element="e2m1", codec="nv", act_element="e2m1")
+    return table
+
+
+NAMED: Mapping[str, Format] = {
+    "fp8-tensor": Format(8, -1, True, 8, element="e4m3", rows=-1, codec="fp32", act_element="e4m3", act_rows=-1),
+    "fp8-token": Format(8, -1, True, 8, element="e4m3", act_element="e4m3"),
+    "fp8-block": Format(8, 128, True, 8, 128, element="e4m3", rows=128, codec="fp32", act_element="e4m3"),
+    **_microscaling(),
+    "nf4": Format(4, 64, element="nf", codec="fp32"),
+    "nf4-dq": Format(4, 64, element="nf", codec="dq"),
+    **_gguf(),
+}
+"""Formats that are known by a name of their own: FP8 as it is served, MX and NV blocks, bitsandbytes' NF4, llama.cpp's types."""
+
+_NAME_OF = {fmt: name for name, fmt in NAMED.items()}

@@ -1,4 +1,4 @@
-"""Dense packing of weight codes: `bits` bits a code, least significant bit first, no gaps between rows or groups.
+"""Dense packing of codes: `bits` bits a code, least significant bit first, no gaps between rows or groups.
 
 Eight codes are one 64-bit word with a code in each byte; three shift-and-mask steps close the gaps between neighbours, pairs of
 neighbours and pairs of pairs, so that every width takes the same few passes. Assumes a little-endian machine.
@@ -12,8 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from methods.formats.format import WEIGHT_BITS
-
+WIDTHS = range(1, 9)
 _WORDS = 2**16
 """Words handled at once: half a megabyte stays in the cache between the passes."""
 
@@ -82,5 +81,5 @@ def _mask(width: int, span: int) -> int:
 def _check(tensor: Tensor, bits: int) -> None:
     if tensor.dtype != torch.uint8:
         raise ValueError(f"packing: tensor of {tensor.dtype}; codes and packed bytes are uint8")
-    if bits not in WEIGHT_BITS:
-        raise ValueError(f"packing: bits={bits}; use one of {WEIGHT_BITS}")
+    if bits not in WIDTHS:
+        raise ValueError(f"packing: bits={bits}; a code has 1 to 8")

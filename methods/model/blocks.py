@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from methods.model.structure import Structure
 from methods.model.trace import first_tensor
@@ -29,6 +30,7 @@ class BlockRunner:
             raise ValueError(f"block runner: batches of shapes {sorted(shapes)}; give at least one, all of one shape (b, t)")
         self._model = model
         self._batches = batches
+        self._names = structure.blocks
         self._blocks: list[nn.Module] = [model.get_submodule(name) for name in structure.blocks]
         self._tuples = False
         self._arguments = self._capture(batches[0])
@@ -42,9 +44,19 @@ class BlockRunner:
 
         Builds a graph only where `hidden` requires a gradient.
         """
+        return self.run_with(block, hidden, {})
+
+    def run_with(self, block: int, hidden: Tensor, replaced: Mapping[str, Tensor]) -> Tensor:
+        """As `run`, with parameters replaced by full name, in their stored layout; a graph is built where any of them requires one."""
         args, kwargs = self._arguments[block]
-        with torch.set_grad_enabled(hidden.requires_grad):
-            output = self._blocks[block](hidden, *args, **kwargs)
+        module, prefix = self._blocks[block], f"{self._names[block]}."
+        foreign = sorted(name for name in replaced if not name.startswith(prefix))
+        if foreign:
+            raise ValueError(f"block runner: {foreign[:3]} are no parameters of {self._names[block]}")
+        own = {name.removeprefix(prefix): tensor for name, tensor in replaced.items()}
+        grad = hidden.requires_grad or any(tensor.requires_grad for tensor in replaced.values())
+        with torch.set_grad_enabled(grad):
+            output = functional_call(module, own, (hidden, *args), kwargs) if own else module(hidden, *args, **kwargs)
         result: Tensor = output if isinstance(output, Tensor) else output[0]
         return result
 
@@ -82,7 +94,7 @@ class BlockRunner:
         handles = [block.register_forward_pre_hook(hook(i), with_kwargs=True) for i, block in enumerate(self._blocks)]
         handles.append(self._blocks[-1].register_forward_hook(note))
         try:
-            self._model(input_ids=batch, use_cache=False)
+            self._model.base_model(input_ids=batch, use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -98,7 +110,7 @@ class BlockRunner:
 
         handle = self._blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            self._model(input_ids=batch, use_cache=False)
+            self._model.base_model(input_ids=batch, use_cache=False)
         except _Stop:
             pass
         finally:

@@ -8,34 +8,35 @@ import torch
 from torch import Tensor
 
 from methods.formats.format import Format
-from methods.formats.numerics import decode, quantize_activation
 from methods.method import NormView
 from methods.quant.fold import fold
-from methods.quant.minmax import minmax
-from methods.quant.nearest import nearest
+from methods.quant.site_error import site_error
 
 _TINY = 1e-4
 
 
 def awq(
-    weights: Mapping[str, Tensor], norm: NormView, abs_mean: Tensor, sample: Tensor, fmt: Format, points: int = 20
+    weights: Mapping[str, Tensor],
+    norm: NormView,
+    abs_mean: Tensor,
+    sample: Tensor,
+    fmt: Format,
+    points: int = 20,
+    *,
+    duo: bool = False,
 ) -> Tensor:
     """The scale mean|x|**alpha of the alpha = 0, 1/points, … < 1 with the least output error of the site's layers together.
 
     weights: (d_out, d_in) of the layers that read the norm; abs_mean: (d_in,); sample: (n_sample, d_in) -> (d_in,).
+    duo: mean|x|**alpha / mean|w|**(1 - alpha), mean|w| over the rows of all layers, or no scale at all where none of these is better.
     Each candidate is folded as it would be stored and rounded to nearest on min-max grids; the inputs are rounded as the format says.
     AWQ (Lin 2024), section 3.2. Deviation: the output of the site's layers stands in for that of the parent module.
     """
     weight = torch.cat(list(weights.values()))
     wanted = sample @ weight.T
-    best, least = torch.ones_like(abs_mean), torch.inf
-    for point in range(points):
-        scale = abs_mean.clamp(min=_TINY) ** (point / points)
-        scale = scale / (scale.max() * scale.min()).sqrt()
-        ratio = fold(norm, scale).ratio
-        scaled = weight * ratio
-        rounded = decode(fmt, nearest(scaled, fmt, minmax(scaled, fmt)))
-        error = float((quantize_activation(sample / ratio, fmt) @ rounded.T - wanted).square().sum(dtype=torch.float64))
-        if error < least:
-            best, least = scale, error
-    return best
+    inputs, columns = abs_mean.clamp(min=_TINY), weight.abs().mean(0).clamp(min=_TINY)
+    scales = [torch.ones_like(inputs)]
+    for alpha in (point / points for point in range(0 if duo else 1, points)):
+        scale = inputs**alpha / columns ** (1 - alpha) if duo else inputs**alpha
+        scales.append(scale / (scale.max() * scale.min()).sqrt())
+    return min(scales, key=lambda scale: site_error(weight, fold(norm, scale), sample, wanted, fmt))

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from methods.formats.format import Format
+from methods.formats.levels import Ladder
+from methods.formats.numerics import ladder_of
 from methods.formats.sides import SIDE_DTYPE
 from methods.quant.grid import Grid
 from methods.quant.task import Rounded
@@ -93,7 +95,7 @@ def pull(drift: Tensor, factor: Tensor) -> Tensor:
     drift: (d_in, d_in), `dX^T X / n` with dX = X_dense - X; factor: `inverse_factor` U of H, both in the order of the sweep.
     Row q is `dX_q X_F^T (H_FF)^-1` for the columns F after q: what F must add so that their part of the output is that which `w dX_q`
     had. With `(H_FF)^-1 = U_FF^T U_FF`, all rows at once are the strict upper triangle of `drift U^T`, times U.
-    GPTAQ (Li 2025), equation for P after theorem 4.2.
+    GPTAQ (Li 2025), the parallel form of its residual term, of which `alpha` times is taken by whoever scales `drift`.
     """
     return (drift.double() @ factor.T).triu_(1) @ factor
 
@@ -101,22 +103,35 @@ def pull(drift: Tensor, factor: Tensor) -> Tensor:
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper triangular U in fp64 with `U^T U = (hessian + damping * mean(diag) * I)^-1`; hessian: (d_in, d_in).
 
-    With J the reversal of order, J H J = L L^T gives H = R R^T for the upper R = J L J, so that U = R^-1: one factorisation, no inverse.
+    The inverse of `upper_factor`: one factorisation, no inverse of the matrix. Damping grows as it says there.
+    """
+    upper = upper_factor(hessian, damping)
+    identity = torch.eye(len(upper), dtype=upper.dtype)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    return inverse
+
+
+def upper_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper triangular R in fp64 with `R R^T = hessian + damping * mean(diag) * I`; hessian: (d_in, d_in).
+
+    With J the reversal of order, J H J = L L^T gives H = R R^T for the upper R = J L J.
     Where the matrix is not positive definite in fp64, damping grows tenfold until it is, with one warning.
     """
-    h = hessian.double()
-    if not torch.isfinite(h).all():
+    reverse = hessian.double().flip(0, 1)
+    if not torch.isfinite(reverse).all():
         raise ValueError("feedback: the Hessian has infinite or NaN entries; check the calibration activations")
-    mean = h.diagonal().mean()
+    diagonal, mean = reverse.diagonal().clone(), hessian.diagonal().double().mean()
     mean = mean if mean > 0 else torch.ones_like(mean)
-    identity = torch.eye(len(h), dtype=h.dtype)
     for tries in range(_TRIES):
         used = max(damping, 1e-6) * 10**tries if tries else damping
-        lower, failed = torch.linalg.cholesky_ex((h + identity * (used * mean)).flip(0, 1))
+        reverse.diagonal().copy_(diagonal + used * mean)
+        lower, failed = torch.linalg.cholesky_ex(reverse)
         if not failed:
             if tries:
-                logger.warning("feedback: Hessian of %d inputs needed damping %.3g instead of %.3g", len(h), used, damping)
-            upper: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+                logger.warning(
+                    "feedback: Hessian of %d inputs needed damping %.3g instead of %.3g", len(hessian), used, damping
+                )
+            upper: Tensor = lower.flip(0, 1)
             return upper
     raise ValueError(
         f"feedback: the Hessian is not positive semi-definite even with damping {used:.3g}; it is not X^T X of any inputs"
@@ -143,6 +158,19 @@ def stacked_rounder(stack: Sequence[tuple[Format, Grid]], d_in: int, dtype: torc
 
     Rows never meet in the sweep, so that one sweep over the stack gives every part the codes it would get alone.
     """
+    if all(fmt.element == "int" for fmt, _ in stack):
+        return _integer_rounder(stack, d_in, dtype)
+    rounders = [(_integer_rounder if part[0].element == "int" else _level_rounder)([part], d_in, dtype) for part in stack]
+    rows = [len(grid.scale) for _, grid in stack]
+
+    def round_column(values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        pairs = [rounder(part, column) for rounder, part in zip(rounders, torch.split(values, rows), strict=True)]
+        return torch.cat([codes for codes, _ in pairs]), torch.cat([decoded for _, decoded in pairs])
+
+    return round_column
+
+
+def _integer_rounder(stack: Sequence[tuple[Format, Grid]], d_in: int, dtype: torch.dtype) -> RoundColumn:
     finest = math.gcd(*(fmt.group_size(d_in) for fmt, _ in stack))
     scales = torch.cat([_by_column(grid.scale, d_in // finest, dtype) for _, grid in stack], 1).unbind(0)
     offsets = None
@@ -161,6 +189,26 @@ def stacked_rounder(stack: Sequence[tuple[Format, Grid]], d_in: int, dtype: torc
         steps = (centred / scale).round_().clamp_(lowest, highest)
         decoded = steps * scale
         return steps + shift, decoded if offsets is None else decoded.add_(offsets[column // finest])
+
+    return round_column
+
+
+def _level_rounder(stack: Sequence[tuple[Format, Grid]], d_in: int, dtype: torch.dtype) -> RoundColumn:
+    ((fmt, grid),) = stack
+    size = fmt.group_size(d_in)
+    scales = _by_column(grid.scale, d_in // size, dtype).unbind(0)
+    offsets = None if grid.offset is None else _by_column(grid.offset, d_in // size, dtype).unbind(0)
+    rungs = ladder_of(fmt, grid.levels)
+    assert rungs is not None
+    shared = rungs.values.dim() == 1
+
+    def round_column(values: Tensor, column: int) -> tuple[Tensor, Tensor]:
+        group = column // size
+        steps = (values if offsets is None else values - offsets[group]) / scales[group]
+        own = rungs if shared else Ladder(rungs.values[:, group], rungs.codes[:, group], rungs.bounds[:, group])
+        codes, taken = own.take(own.nearest(steps[:, None]))
+        decoded = taken[:, 0].to(dtype) * scales[group]
+        return codes[:, 0].to(dtype), decoded if offsets is None else decoded.add_(offsets[group])
 
     return round_column
 

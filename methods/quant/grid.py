@@ -1,26 +1,40 @@
-"""The grid of a weight: the scale and offset of every group, as they are stored."""
+"""The grid of a weight: the scale, offset and levels of every group as they are computed with, and what is stored of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from methods.formats import scales
+from methods.formats.activations import ocp_scale
+from methods.formats.elements import OWN_LEVELS, largest
 from methods.formats.format import Format
-from methods.formats.numerics import SCALE_DTYPE
+from methods.formats.numerics import SCALE_DTYPE, own_levels
 
 
 @dataclass(frozen=True)
 class Grid:
-    """scale, offset: (d_out, n_groups) bf16; no scale is zero; offset is None for a symmetric format.
+    """scale, offset: (d_out, n_groups) as computed with; no scale is zero; offset is None for a symmetric format.
 
-    A symmetric scale below 8 bits may be negative (`range_grid`).
+    levels: (d_out, n_groups, n) by code where groups have levels of their own, scales then being 1.
+    stored: the payload's parts where they are not `scale` and `offset` themselves; a grid with stored parts is made by `stored`.
+    A scale may be negative where its codec can hold that (`range_grid`).
     """
 
     scale: Tensor
     offset: Tensor | None = None
+    levels: Tensor | None = None
+    stored: Mapping[str, Tensor] | None = None
+
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        """What the payload holds of the grid."""
+        if self.stored is not None:
+            return self.stored
+        return {"scale": self.scale} if self.offset is None else {"scale": self.scale, "offset": self.offset}
 
 
 def grouped(weight: Tensor, fmt: Format) -> Tensor:
@@ -29,20 +43,64 @@ def grouped(weight: Tensor, fmt: Format) -> Tensor:
     return weight.float().reshape(d_out, fmt.groups(d_in), fmt.group_size(d_in))
 
 
+def pooled(values: Tensor, fmt: Format, pool: Callable[[Tensor], Tensor]) -> Tensor:
+    """(d_out, n_groups) -> (n_blocks, n_groups), `pool` over the rows of each set that shares scales, e.g. `lambda v: v.amax(0)`."""
+    if fmt.rows == 1:
+        return values
+    return torch.stack([pool(part) for part in torch.split(values, len(values) if fmt.rows == -1 else fmt.rows)])
+
+
+def stored(fmt: Format, d_out: int, scale: Tensor, offset: Tensor | None = None, like: Grid | None = None) -> Grid:
+    """The grid that a weight has where its ideal scales and offsets, fp32 (n_blocks, n_groups), are stored by the format's codec.
+
+    like: a grid of the same weight whose second level is taken over (`methods.formats.scales.write`).
+    """
+    upper = None if like is None else like.parts
+    parts = scales.write(fmt, "scale", scale, upper)
+    used = scales.spread(fmt, scales.read(fmt, "scale", parts), d_out)
+    if offset is None:
+        return Grid(used) if fmt.rows == 1 and len(parts) == 1 and used is parts["scale"] else Grid(used, stored=parts)
+    below = scales.write(fmt, "offset", offset, upper)
+    origin = scales.spread(fmt, scales.read(fmt, "offset", below), d_out)
+    plain = fmt.rows == 1 and used is parts["scale"]
+    return Grid(used, origin) if plain else Grid(used, origin, stored={**parts, **below})
+
+
+def level_grid(fmt: Format, d_out: int, parts: Mapping[str, Tensor]) -> Grid:
+    """The grid of an element that stores its levels: `levels` (n_blocks, n_groups, n) or `alpha` (d_out, n_groups, q), in bf16.
+
+    `offset` (d_out, n_groups) bf16 belongs to them where the format is asymmetric.
+    """
+    levels = own_levels(fmt, parts)
+    if levels is None:
+        raise ValueError(f"{fmt.name}: {fmt.element} has no levels of its own to store")
+    spread = scales.spread(fmt, levels.flatten(1), d_out).view(d_out, *levels.shape[1:])
+    return Grid(torch.ones(spread.shape[:2]), parts.get("offset"), spread, parts)
+
+
 def range_grid(low: Tensor, high: Tensor, fmt: Format) -> Grid:
     """The grid that spans [low, high]; low, high: (d_out, n_groups).
 
     Asymmetric: the lowest code is `low` as stored, the highest is `high`.
-    Symmetric: the value of larger magnitude takes the code -2**(b-1), which the grid has on one side only, and the scale carries its
-    sign: steps of max|w| / 2**(b-1) instead of max|w| / (2**(b-1) - 1). Eight bits use [-127, 127] and a positive scale.
+    Symmetric integers: the value of larger magnitude takes the code -2**(b-1), which the grid has on one side only, and the scale carries
+    its sign: steps of max|w| / 2**(b-1) instead of max|w| / (2**(b-1) - 1). Eight bits, and codecs without a sign, use both sides alike
+    and a positive scale. Other elements: their largest level is the larger magnitude, but for powers of two, which are OCP's: 2**(floor(
+    log2 max|w|) - the element's largest exponent), above which a little is cut off.
+    Raises ValueError for elements whose levels are fitted, which span nothing.
     """
+    if fmt.element in OWN_LEVELS:
+        raise ValueError(f"{fmt.name}: its levels are fitted, not spread over a range; use a fitter for {fmt.element}")
+    d_out = len(low)
+    low, high = pooled(low, fmt, lambda v: v.amin(0)), pooled(high, fmt, lambda v: v.amax(0))
     if not fmt.symmetric:
-        offset = low.to(SCALE_DTYPE)
-        return Grid(safe_scale((high - offset.float()).clamp(min=0) / (fmt.levels - 1)), offset)
-    if fmt.bits == 8:
-        return Grid(safe_scale(torch.maximum(high, -low) / 127))
-    extreme = torch.where(high > -low, high, low)
-    return Grid(safe_scale(extreme / -(fmt.levels // 2)))
+        origin = scales.read(fmt, "offset", scales.write(fmt, "offset", low)).float()
+        return stored(fmt, d_out, (high - origin).clamp(min=0) / (fmt.levels - 1), low)
+    top, reach = torch.maximum(high, -low), largest(fmt.element, fmt.bits)
+    if fmt.codec == "e8m0":
+        return stored(fmt, d_out, ocp_scale(top, reach))
+    if fmt.element != "int" or fmt.bits == 8 or not fmt.scales.signed:
+        return stored(fmt, d_out, top / reach)
+    return stored(fmt, d_out, torch.where(high > -low, high, low) / -(fmt.levels // 2))
 
 
 def safe_scale(scale: Tensor) -> Tensor:
@@ -52,13 +110,30 @@ def safe_scale(scale: Tensor) -> Tensor:
 
 
 def payload(codes: Tensor, grid: Grid) -> dict[str, Tensor]:
-    """What `decode` reads: codes (d_out, d_in) uint8 with their grid."""
-    offset = {} if grid.offset is None else {"offset": grid.offset}
-    return {"codes": codes, "scale": grid.scale, **offset}
+    """What `decode` reads: codes (d_out, d_in) uint8 with the parts of their grid."""
+    return {"codes": codes, **grid.parts}
 
 
 def fit_in_chunks(weight: Tensor, fit: Callable[[Tensor], Grid], chunk: int = 2**16) -> Grid:
-    """`fit` applied to chunks of rows, small enough to stay in the cache: for fitters that pass over their weights many times."""
-    parts = [fit(part) for part in torch.split(weight.float(), max(1, chunk // weight.shape[1]))]
-    offsets = [part.offset for part in parts if part.offset is not None]
-    return Grid(torch.cat([part.scale for part in parts]), torch.cat(offsets) if offsets else None)
+    """`fit` applied to chunks of rows, small enough to stay in the cache: for fitters that pass over their weights many times.
+
+    The format has to store rows apart (`Format.by_rows`).
+    """
+    return joined([fit(part) for part in torch.split(weight.float(), max(1, chunk // weight.shape[1]))])
+
+
+def joined(parts: Sequence[Grid]) -> Grid:
+    """The grid of weights one below the other, from theirs."""
+
+    def cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+        found = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(found) if found else None
+
+    names = parts[0].stored
+    kept = None if names is None else {name: torch.cat([part.parts[name] for part in parts]) for name in names}
+    return Grid(
+        torch.cat([part.scale for part in parts]),
+        cat([part.offset for part in parts]),
+        cat([part.levels for part in parts]),
+        kept,
+    )

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from methods.formats.format import Format
-from methods.formats.numerics import SCALE_DTYPE
 from methods.quant.grid import Grid, fit_in_chunks, grouped
 from methods.quant.minmax import minmax
 
@@ -46,6 +45,6 @@ def _fit(weight: Tensor, fmt: Format, iterations: int) -> Grid:
         least, best = torch.where(better, norm, least), torch.where(better, offset, best)
         if step < iterations:
             outlier = error.sign() * (size - size.clamp(min=1e-6).pow(NORM - 1) / beta).relu()
-            offset = (ideal - outlier * scale).mean(-1).to(SCALE_DTYPE)
+            offset = (ideal - outlier * scale).mean(-1).to(start.scale.dtype)
             beta *= GROWTH
     return Grid(start.scale, best)

@@ -11,4 +11,4 @@ from methods.quant.grid import Grid, payload
 
 def nearest(weight: Tensor, fmt: Format, grid: Grid) -> dict[str, Tensor]:
     """The payload of a weight (d_out, d_in)."""
-    return payload(encode(weight, fmt, grid.scale, grid.offset), grid)
+    return payload(encode(weight, fmt, grid.scale, grid.offset, grid.levels), grid)

@@ -10,16 +10,38 @@ from torch import Tensor
 from methods.formats.format import Format
 from methods.formats.sides import columns, elements
 from methods.method import Need, SiteView, Stats
-from methods.quant.awq import awq
-from methods.quant.feedback import auto_damping, feedback, stacked_rounder
-from methods.quant.fold import fold
+from methods.quant.adaround import Rectified, steady
+from methods.quant.bcq import bcq
+from methods.quant.clip import by_clip
+from methods.quant.columns import by_loud_columns
+from methods.quant.flexround import Divided
+from methods.quant.four_six import four_six
+from methods.quant.gobo import by_density, by_gobo
 from methods.quant.grid import Grid
 from methods.quant.hqq import hqq
+from methods.quant.imatrix import imatrix
+from methods.quant.incoherence import by_block_hadamard, by_incoherence, by_rms
+from methods.quant.kl import kl
+from methods.quant.learned import Learner, adam
+from methods.quant.lkd import Latent
+from methods.quant.low_rank import by_error, by_mean_input, by_output
 from methods.quant.minmax import minmax
 from methods.quant.mse import mse
-from methods.quant.nearest import nearest
-from methods.quant.smooth import smooth
-from methods.quant.task import Change, Knobs, Rounded, Task, statistic
+from methods.quant.olive import as_pairs, by_pair_scale, by_pairs
+from methods.quant.omniquant import Clipped, adam_scaled, equivalent_scale
+from methods.quant.outliers import of_the_rest
+from methods.quant.owq import by_sensitive_columns
+from methods.quant.percentile import percentile
+from methods.quant.pow2 import pow2_each, pow2_ratio
+from methods.quant.residual import residual
+from methods.quant.rounders import by_chance, by_drift, by_feedback, by_ldlq, by_nearest, by_obq, refined
+from methods.quant.scaling import by_awq, by_gamma, by_log_equalize, by_outlier_plus, by_pre_shift, by_smooth
+from methods.quant.signround import Offsets, signed
+from methods.quant.split_merge import by_disassembly, by_reassembly
+from methods.quant.spqr import by_leave_one_out
+from methods.quant.squeezellm import by_fisher, by_sensitivity
+from methods.quant.static_range import by_clusters, by_groups, by_quiet_range, by_range, by_scale_search, by_token_clip
+from methods.quant.task import Change, Knobs, Rounded, Task
 
 Transform = Callable[[SiteView, Mapping[str, Stats], Format, Knobs], Change]
 Partition = Callable[[Task], Tensor]
@@ -30,48 +52,82 @@ Compensator = Callable[[Task, Tensor], Mapping[str, Tensor]]
 """(task, what the payload decodes to so far (d_out, d_in)) -> further parts of the payload."""
 
 
-def _smooth(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Change:
-    norm, name = view.fold_into, next(iter(view.weights))
-    folded = fold(norm, smooth(view.weights, statistic(stats[name], name, Need.ABS_MAX), float(knobs["alpha"])))
-    return Change(folded.ratio, folded.tensors)
+TRANSFORMS: Mapping[str, Transform] = {
+    "smooth": by_smooth,
+    "awq": by_awq,
+    "log-equalize": by_log_equalize,
+    "outlier-plus": by_outlier_plus,
+    "gamma": by_gamma,
+    "pre-shift": by_pre_shift,
+    "incoherence": by_incoherence,
+    "block-hadamard": by_block_hadamard,
+    "reassembly": by_reassembly,
+}
 
+PARTITIONS: Mapping[str, Partition] = {
+    "loud-columns": by_loud_columns,
+    "sensitive-columns": by_sensitive_columns,
+    "leave-one-out": by_leave_one_out,
+    "sensitive-or-large": by_sensitivity,
+    "unlikely": by_density,
+}
 
-def _awq(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Change:
-    norm, name = view.fold_into, next(iter(view.weights))
-    abs_mean, sample = (statistic(stats[name], name, need) for need in (Need.ABS_MEAN, Need.SAMPLE))
-    folded = fold(norm, awq(view.weights, norm, abs_mean, sample, fmt))
-    return Change(folded.ratio, folded.tensors)
-
-
-def _feedback(task: Task, grid: Grid) -> Rounded:
-    rounder = stacked_rounder([(task.fmt, grid)], task.weight.shape[1])
-    hessian, act_order = task.statistic(Need.HESSIAN), bool(task.knobs["act_order"])
-    return feedback(task.weight, hessian, rounder, damping(task), act_order=act_order, kept=task.kept)
-
-
-def damping(task: Task) -> float:
-    """The damping that a task's knob asks for."""
-    if task.knobs["damping"] == "auto":
-        return auto_damping(task.stats.n_tokens, task.weight.shape[1])
-    return task.number("damping")
-
-
-TRANSFORMS: Mapping[str, Transform] = {"smooth": _smooth, "awq": _awq}
-
-PARTITIONS: Mapping[str, Partition] = {}
-
-FITTERS: Mapping[str, Fitter] = {
+_FITTERS: Mapping[str, Fitter] = {
     "minmax": lambda task: minmax(task.weight, task.fmt),
     "mse": lambda task: mse(task.weight, task.fmt),
+    "pow2-m1": lambda task: pow2_each(task.weight, task.fmt),
+    "pow2-m2": lambda task: pow2_ratio(task.weight, task.fmt),
     "hqq": lambda task: hqq(task.weight, task.fmt, int(task.knobs["iterations"])),
+    "kl": lambda task: kl(task.weight, task.fmt),
+    "percentile": lambda task: percentile(task.weight, task.fmt, task.number("percent")),
+    "output-clip": by_clip,
+    "rms": by_rms,
+    "fisher": by_fisher,
+    "gobo": by_gobo,
+    "pairs": by_pair_scale,
+    "bcq": lambda task: bcq(task.weight, task.fmt, int(task.knobs["rounds"])),
+    "four-six": lambda task: four_six(task.weight, task.fmt, int(task.knobs["end"])),
+    "imatrix": lambda task: imatrix(task.weight, task.statistic(Need.HESSIAN).diagonal(), task.fmt, int(task.knobs["steps"])),
 }
+
+FITTERS: Mapping[str, Fitter] = {name: of_the_rest(fit) for name, fit in _FITTERS.items()}
 
 ROUNDERS: Mapping[str, Rounder] = {
-    "nearest": lambda task, grid: Rounded(nearest(task.weight, task.fmt, grid)["codes"]),
-    "feedback": _feedback,
+    "nearest": by_nearest,
+    "pairs": by_pairs,
+    "stochastic": by_chance,
+    "feedback": by_feedback,
+    "feedback-drift": by_drift,
+    "ldlq": by_ldlq,
+    "obq": by_obq,
+    "nearest+greedy": refined(by_nearest),
+    "feedback+greedy": refined(by_feedback),
+    "ldlq+greedy": refined(by_ldlq),
 }
 
-COMPENSATORS: Mapping[str, Compensator] = {}
+COMPENSATORS: Mapping[str, Compensator] = {
+    "lorc": by_error,
+    "lqer": by_mean_input,
+    "qera": by_output,
+    "residual": residual,
+    "pairs": as_pairs,
+    "static-range": by_range,
+    "static-quiet": by_quiet_range,
+    "static-clusters": by_clusters,
+    "static-groups": by_groups,
+    "token-clip": by_token_clip,
+    "scale-search": by_scale_search,
+    "disassembly": by_disassembly,
+}
+
+LEARNERS: Mapping[str, Learner] = {
+    "adaround": Learner(Rectified, steady, scope="layer"),
+    "adaround-block": Learner(Rectified, steady),
+    "flexround": Learner(Divided, adam),
+    "signround": Learner(Offsets, signed),
+    "omniquant": Learner(Clipped, adam_scaled, scale=equivalent_scale),
+    "lkd": Learner(Latent, adam),
+}
 
 
 def side_of(kept: Tensor, values: Tensor) -> dict[str, Tensor]:

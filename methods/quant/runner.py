@@ -1,4 +1,7 @@
-"""Runs the parts of a recipe over a site: transform, partition, fitter, rounder, compensator, in this order."""
+"""Runs the parts of a recipe over a site: transform, partition, fitter, rounder, compensator, in this order.
+
+A learner takes the place of all that follows the fitter.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from methods.formats.numerics import DTYPES, Compressed
 from methods.method import Edit, Need, SiteView, Stats
 from methods.quant.feedback import feedback, stacked_rounder
 from methods.quant.grid import Grid, payload
-from methods.quant.parts import COMPENSATORS, FITTERS, PARTITIONS, ROUNDERS, TRANSFORMS, damping, side_of
+from methods.quant.learned import LearnedSite, learn_block, learn_layers
+from methods.quant.parts import COMPENSATORS, FITTERS, LEARNERS, PARTITIONS, ROUNDERS, TRANSFORMS, side_of
+from methods.quant.rounders import damping
 from methods.quant.task import Change, Knobs, Task
 from methods.recipes.recipe import Recipe
 
@@ -45,6 +50,45 @@ def run_many(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], many: S
     return [edits[index] for index in range(len(many))]
 
 
+def run_block(
+    recipe: Recipe, views: Sequence[SiteView], stats: Mapping[str, Stats], many: Sequence[Knobs], beside: Mapping[str, Edit]
+) -> list[Edit]:
+    """The edits of several sites of one block by a recipe that learns, their knobs equal but for the format.
+
+    beside: edits of the block's other sites. A learner of the block's output learns all sites together, beside those; one of the
+    layers' outputs each layer alone.
+    """
+    checked = [_checked(recipe, view, knobs) for view, knobs in zip(views, many, strict=True)]
+    learner = LEARNERS[recipe.learner]
+    sites: list[LearnedSite] = []
+    declared: dict[str, Stats] = {}
+    for view, knobs in zip(views, checked, strict=True):
+        declared.update(_declared(recipe, view, stats))
+        sites.append(_learned_site(recipe, view, declared, knobs))
+    if learner.scope == "layer":
+        return [learn_layers(site, learner, knobs) for site, knobs in zip(sites, checked, strict=True)]
+    name = next(iter(views[0].weights))
+    block = declared[name].block
+    if block is None:
+        raise ValueError(f"the calibration statistics of {name} lack block; collect what the method's `needs` declares")
+    return learn_block(sites, learner, checked[0], block, beside)
+
+
+def _learned_site(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], knobs: Knobs) -> LearnedSite:
+    learner, fmt = LEARNERS[recipe.learner], parse_format(str(knobs["format"]))
+    change = TRANSFORMS[recipe.transform](view, stats, fmt, knobs) if recipe.transform else Change()
+    if recipe.partition or recipe.compensator or change.turns:
+        raise ValueError(f"{recipe.name}: a learner has no place for a partition, a compensator or a rotation")
+    tasks = {
+        name: Task(name, view, change.weight(name, weight), change.stats(name, stats[name]), fmt, knobs)
+        for name, weight in view.weights.items()
+    }
+    fitter = FITTERS[str(knobs.get("fitter", recipe.fitter))]
+    trainables = {name: learner.trainable(task, fitter(task)) for name, task in tasks.items()}
+    scale = learner.scale(view, stats, knobs) if learner.scale else None
+    return LearnedSite(view, tasks, trainables, change.tensors, scale)
+
+
 def _checked(recipe: Recipe, view: SiteView, knobs: Knobs) -> Knobs:
     reason = recipe.refuses(view.site, knobs)
     if reason:
@@ -57,6 +101,8 @@ def _checked(recipe: Recipe, view: SiteView, knobs: Knobs) -> Knobs:
 
 def _run(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], many: Sequence[Knobs]) -> list[Edit]:
     """Edits of settings that differ in their format alone, which only feedback takes together."""
+    if recipe.learner:
+        return run_block(recipe, [view], stats, many, {})
     knobs, formats = many[0], [parse_format(str(own["format"])) for own in many]
     if recipe.needs:
         stats = _declared(recipe, view, stats)
@@ -64,7 +110,7 @@ def _run(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], many: Seque
         return [Edit({name: _cast(name, weight, formats[0]) for name, weight in view.weights.items()})]
     change = TRANSFORMS[recipe.transform](view, stats, formats[0], knobs) if recipe.transform else Change()
     linears: list[dict[str, Compressed]] = [{} for _ in many]
-    for names in _sweeps(recipe, view, stats, change):
+    for names in _sweeps(recipe, view, stats, change, formats):
         first = names[0]
         weight = torch.cat([change.weight(name, view.weights[name]) for name in names])
         inputs = change.stats(first, stats[first]) if first in stats else Stats(0)
@@ -139,12 +185,15 @@ def _declared(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats]) -> Map
     return result
 
 
-def _sweeps(recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], change: Change) -> list[list[str]]:
+def _sweeps(
+    recipe: Recipe, view: SiteView, stats: Mapping[str, Stats], change: Change, formats: Sequence[Format]
+) -> list[list[str]]:
     """The layers, those together that may be compressed as one weight."""
     if not recipe.needs:
         return [[name] for name in view.weights]
+    by_rows = all(fmt.by_rows for fmt in formats)
     together: dict[int, list[str]] = {}
     for index, name in enumerate(view.weights):
-        stacks = recipe.stacks and recipe.rounder != "nearest" and name not in change.turns
+        stacks = by_rows and recipe.stacks and recipe.rounder != "nearest" and name not in change.turns
         together.setdefault(id(stats[name]) if stacks else -1 - index, []).append(name)
     return list(together.values())

@@ -1,8 +1,8 @@
 """`awq`: activation-aware scaling, then rounding to nearest. Imports no torch."""
 
 from methods.method import Source
-from methods.recipes.recipe import Recipe, norm_site
-from methods.recipes.rtn import FITTER
+from methods.recipes.recipe import KnobSpec, Recipe, grid_format, norm_site
+from methods.recipes.rtn import CLIPPER
 
 AWQ = Recipe(
     name="awq",
@@ -15,6 +15,7 @@ AWQ = Recipe(
     ),
     family="transform",
     transform="awq",
+    formats=grid_format,
     sites=norm_site,
-    knobs={"fitter": FITTER},
+    knobs={"duo": KnobSpec(False, options=(False, True)), "fitter": CLIPPER},
 )

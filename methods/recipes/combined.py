@@ -2,8 +2,8 @@
 
 from methods.method import Source
 from methods.recipes.gptq import FEEDBACK_KNOBS
-from methods.recipes.recipe import Recipe, norm_site
-from methods.recipes.rtn import FITTER
+from methods.recipes.recipe import Recipe, grid_format, norm_site
+from methods.recipes.rtn import CLIPPER, FITTER
 from methods.recipes.smoothquant import ALPHA
 
 AWQ_GPTQ = Recipe(
@@ -12,9 +12,10 @@ AWQ_GPTQ = Recipe(
     source=Source("a combination of AWQ and GPTQ, not a published method", 2024, "arXiv 2306.00978 with arXiv 2210.17323"),
     family="transform",
     transform="awq",
+    formats=grid_format,
     sites=norm_site,
     rounder="feedback",
-    knobs={"fitter": FITTER, **FEEDBACK_KNOBS},
+    knobs={"fitter": CLIPPER, **FEEDBACK_KNOBS},
 )
 
 SMOOTH_GPTQ = Recipe(
@@ -25,6 +26,7 @@ SMOOTH_GPTQ = Recipe(
     ),
     family="transform",
     transform="smooth",
+    formats=grid_format,
     sites=norm_site,
     rounder="feedback",
     knobs={"alpha": ALPHA, "fitter": FITTER, **FEEDBACK_KNOBS},

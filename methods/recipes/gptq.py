@@ -1,7 +1,7 @@
 """`gptq`: rounding with error feedback. Imports no torch."""
 
 from methods.method import Source
-from methods.recipes.recipe import KnobSpec, Recipe
+from methods.recipes.recipe import KnobSpec, Recipe, grid_format
 from methods.recipes.rtn import FITTER
 
 FEEDBACK_KNOBS = {
@@ -20,4 +20,5 @@ GPTQ = Recipe(
     ),
     rounder="feedback",
     knobs={"fitter": FITTER, **FEEDBACK_KNOBS},
+    formats=grid_format,
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from methods.formats.elements import OWN_LEVELS
 from methods.formats.format import Format, parse_format
 from methods.method import Cost, Edit, Need, Plan, SiteView, Source, Stage
 from methods.model.structure import Site
@@ -17,7 +18,40 @@ if TYPE_CHECKING:
 PART_NEEDS: Mapping[str, frozenset[Need]] = {
     "smooth": frozenset({Need.ABS_MAX}),
     "awq": frozenset({Need.ABS_MEAN, Need.SAMPLE}),
+    "log-equalize": frozenset({Need.ABS_MAX}),
+    "outlier-plus": frozenset({Need.RANGE, Need.SAMPLE}),
+    "pre-shift": frozenset({Need.ABS_MAX}),
+    "static-range": frozenset({Need.RANGE}),
+    "static-quiet": frozenset({Need.RANGE}),
+    "static-clusters": frozenset({Need.RANGE}),
+    "static-groups": frozenset({Need.RANGE}),
+    "token-clip": frozenset({Need.SAMPLE}),
+    "scale-search": frozenset({Need.SAMPLE}),
+    "disassembly": frozenset({Need.ABS_MAX}),
+    "reassembly": frozenset({Need.ABS_MAX, Need.SAMPLE}),
     "feedback": frozenset({Need.HESSIAN}),
+    "loud-columns": frozenset({Need.ABS_MAX}),
+    "sensitive-columns": frozenset({Need.HESSIAN}),
+    "leave-one-out": frozenset({Need.HESSIAN}),
+    "sensitive-or-large": frozenset({Need.FISHER}),
+    "fisher": frozenset({Need.FISHER}),
+    "lqer": frozenset({Need.ABS_MEAN}),
+    "qera": frozenset({Need.HESSIAN}),
+    "feedback-drift": frozenset({Need.HESSIAN, Need.DRIFT}),
+    "ldlq": frozenset({Need.HESSIAN}),
+    "obq": frozenset({Need.HESSIAN}),
+    "nearest+greedy": frozenset({Need.HESSIAN}),
+    "feedback+greedy": frozenset({Need.HESSIAN}),
+    "ldlq+greedy": frozenset({Need.HESSIAN}),
+    "output-clip": frozenset({Need.SAMPLE}),
+    "incoherence": frozenset({Need.HESSIAN}),
+    "adaround": frozenset({Need.HESSIAN}),
+    "adaround-block": frozenset({Need.BLOCK}),
+    "flexround": frozenset({Need.BLOCK}),
+    "signround": frozenset({Need.BLOCK}),
+    "omniquant": frozenset({Need.BLOCK, Need.ABS_MAX}),
+    "lkd": frozenset({Need.BLOCK}),
+    "imatrix": frozenset({Need.HESSIAN}),
 }
 """The statistics that a part reads; parts that are not here read none. The parts themselves are in `methods.quant.parts`."""
 
@@ -66,14 +100,34 @@ def norm_site(site: Site, knobs: Mapping[str, Knob]) -> str | None:
     )
 
 
-def integer_format(fmt: Format) -> str | None:
-    """Formats with an integer grid."""
+def grid_format(fmt: Format) -> str | None:
+    """Formats with a grid, of whatever element."""
     return f"{fmt.name} has no grid to fit; use rtn to store a dense dtype" if fmt.dense else None
+
+
+def integer_format(fmt: Format) -> str | None:
+    """Formats with an integer grid and bf16 scales a channel or a group."""
+    reason = None if fmt.integer else f"{fmt.name} is no integer grid with bf16 scales a channel or group; use rtn or gptq"
+    return grid_format(fmt) or reason
+
+
+def scaled_format(fmt: Format) -> str | None:
+    """Formats whose levels are fixed up to a scale."""
+    fitted = f"{fmt.name} has levels that are fitted one by one; use the fitter minmax, or a method for {fmt.element}"
+    return grid_format(fmt) or (fitted if fmt.element in OWN_LEVELS else None)
 
 
 def offset_format(fmt: Format) -> str | None:
     """Formats with a float offset."""
     return integer_format(fmt) or (f"{fmt.name} has no offset to solve for; use {fmt.name}-asym" if fmt.symmetric else None)
+
+
+PART_FORMATS: Mapping[str, Callable[[Format], str | None]] = {
+    "mse": scaled_format,
+    "kl": integer_format,
+    "output-clip": integer_format,
+}
+"""Why a fitter that is chosen by a knob refuses a format that its recipe takes, or None; fitters that are not here refuse none."""
 
 
 Family = Literal["rounding", "transform", "partition", "format", "activation", "compensation"]
@@ -157,13 +211,15 @@ class Recipe:
             return None
         fmt = parse_format(str(resolved["format"]))
         reason = self.formats(fmt)
+        if not reason and not fmt.dense:
+            reason = PART_FORMATS.get(str(resolved.get("fitter", self.fitter)), any_format)(fmt)
         if not reason and fmt.dense and len(knobs) > 1:
             reason = f"{fmt.name} is a cast, on which {', '.join(sorted(set(knobs) - {'format'}))} has no effect"
         reason = reason or self.sites(site, resolved)
         if reason:
             return f"{self.name}: {reason}"
         if not fmt.divides(site.d_in):
-            return f"{self.name}: group={fmt.group} of {fmt.name} does not divide d_in={site.d_in} of {site.name}"
+            return f"{self.name}: group={fmt.unit} of {fmt.name} does not divide d_in={site.d_in} of {site.name}"
         return None
 
     def plan(self, site: Site, knobs: Mapping[str, Knob], dtype: str = "bf16") -> Plan:
@@ -173,8 +229,12 @@ class Recipe:
             raise ValueError(reason)
         fmt = parse_format(str(knobs["format"]) if self.stage is Stage.QUANTIZE else dtype)
         resolved = self.resolve(knobs)
-        beside = 0.0 if self.side_bits is None else self.side_bits(site.d_out, site.d_in, resolved)
-        return Plan(fmt, Cost(fmt.bits_per_weight(site.d_in) + beside), self.simulated)
+        # Layers of a site each have scales, and what stands beside the grid, of their own.
+        bits = sum(fmt.overhead_bits(layer.d_out, layer.d_in) for layer in site.layers) / site.n_weights
+        if self.side_bits is not None:
+            own = [self.side_bits(layer.d_out, layer.d_in, resolved) * layer.d_out * layer.d_in for layer in site.layers]
+            bits += sum(own) / site.n_weights
+        return Plan(fmt, Cost(fmt.bits + bits), self.simulated)
 
     def apply(self, view: SiteView, stats: Mapping[str, Stats], knobs: Mapping[str, Knob]) -> Edit:
         """The edit of a site; raises ValueError where the recipe refuses it or a statistic is missing."""

@@ -3,7 +3,9 @@
 from methods.method import Source
 from methods.recipes.recipe import KnobSpec, Recipe, any_format
 
-FITTER = KnobSpec("minmax", options=("minmax", "mse"))
+FITTER = KnobSpec("minmax", options=("minmax", "mse", "kl"))
+CLIPPER = KnobSpec("minmax", options=(*FITTER.options, "output-clip"))
+"""For methods that collect a sample of inputs anyhow."""
 
 RTN = Recipe(
     name="rtn",

@@ -54,7 +54,7 @@ class Int8Pack:
 
     def supports(self, fmt: Format, n: int, k: int, m: int, target: Target) -> str | None:
         """See `LinearKernel`."""
-        if fmt.dense or (fmt.bits, fmt.group, fmt.symmetric, fmt.act_bits) != (8, -1, True, 16):
+        if not fmt.plain or (fmt.bits, fmt.group, fmt.symmetric, fmt.act_bits) != (8, -1, True, 16):
             return "w8a16 only"
         return None if target.compute_dtype == "bf16" else "a scalar loop where activations are fp32"
 
@@ -123,7 +123,7 @@ class Int4Pack:
 
     def supports(self, fmt: Format, n: int, k: int, m: int, target: Target) -> str | None:
         """See `LinearKernel`."""
-        if fmt.dense or (fmt.bits, fmt.act_bits, fmt.symmetric) != (4, 16, True) or fmt.group not in _INT4_GROUPS:
+        if not fmt.plain or (fmt.bits, fmt.act_bits, fmt.symmetric) != (4, 16, True) or fmt.group not in _INT4_GROUPS:
             return f"w4a16 with groups of {_INT4_GROUPS}, symmetric"
         if n % 16 or k % fmt.group:
             return f"n={n} must be a multiple of 16 and k={k} of the group {fmt.group}"

@@ -57,6 +57,8 @@ def refuses_shape(fmt: Format, k: int, isa: Isa) -> str | None:
     """What every kernel of the library asks for."""
     if fmt.dense:
         return "integer grids only"
+    if not fmt.plain:
+        return "integer grids of 2, 3, 4 or 8 bits with bf16 scales, inputs left alone or rounded to int8 a token"
     if k % 16:
         return f"k={k} is not a multiple of 16"
     if not fmt.divides(k):

@@ -67,7 +67,7 @@ class Int8Token:
 
     def supports(self, fmt: Format, n: int, k: int, m: int, target: Target) -> str | None:
         """See `LinearKernel`."""
-        if fmt.dense or (fmt.bits, fmt.group, fmt.symmetric, fmt.act_bits, fmt.act_group) != (8, -1, True, 8, -1):
+        if not fmt.plain or (fmt.bits, fmt.group, fmt.symmetric, fmt.act_bits, fmt.act_group) != (8, -1, True, 8, -1):
             return "w8a8-token only"
         if not target.capabilities & {"avx512_vnni", "avx_vnni", "amx_int8", "i8mm"}:
             return "torch multiplies int8 with a plain loop on this CPU"

@@ -44,6 +44,8 @@ def supports(fmt: Format, site: Site) -> str | None:
 
 
 def _grid(fmt: Format) -> str | None:
+    if not fmt.plain:
+        return f"{fmt.name} is not exported; use integers with bf16 scales, inputs left alone or in int8"
     if not fmt.symmetric:
         return "asymmetric grids do not load alike in all engines; use the symmetric format"
     if fmt.bits not in (4, 8):

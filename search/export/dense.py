@@ -66,14 +66,14 @@ def _dtype(state: Mapping[str, Tensor], structure: Structure) -> str:
 
 def _losses(edits: Mapping[str, Edit], structure: Structure, dtype: str) -> list[dict[str, str]]:
     formats = [c.format for edit in edits.values() for c in edit.linears.values()]
-    rounded = [fmt for fmt in formats if fmt.act_bits == 8]
+    rounded = [fmt for fmt in formats if fmt.act_bits < 16]
     losses = [{"lost": "memory", "why": f"{len(formats)} compressed linears are stored in {dtype}"}] if formats else []
     if dtype != structure.dtype:
         losses.append(
             {"lost": "dtype", "why": f"{structure.dtype} cannot hold the decoded weights, so that all tensors are {dtype}"}
         )
     if rounded:
-        losses.append({"lost": "activations", "why": f"the inputs of {len(rounded)} linears are not rounded to 8 bits"})
+        losses.append({"lost": "activations", "why": f"the inputs of {len(rounded)} linears are not rounded"})
     return losses
 
 

@@ -7,7 +7,8 @@ import torch
 
 from methods.bank import Bank
 from methods.formats.format import parse_format
-from methods.formats.numerics import Compressed, payload_bits
+from methods.formats.numerics import Compressed, decode_grid, payload_bits
+from methods.formats.sides import columns, low_rank
 from methods.method import Edit
 from methods.policy import Decision
 from methods.quant.minmax import minmax
@@ -15,6 +16,10 @@ from methods.quant.nearest import nearest
 
 SITE = "model.layers.0.self_attn.q_proj+k_proj"
 FORMATS = ["fp32", "bf16", "fp16", "w2a16-g16", "w3a16-g48-asym", "w4a8-g48", "w8a8-token"]
+OTHER_FORMATS = [
+    *("w7a6-token", "e2m3a16-b4x48-fp32", "nvfp4a4", "e2m1a16-g48-e8m0", "nf4a16-g48-dq", "tern2a16-whole", "bin1a16"),
+    *("bcq3a16-g48-asym", "lut3a16-g48", "lut3a16-whole", "w4a16-g16-u4", "w3a16-g16-u6", "w4a8-g48-fp16-asym"),
+]
 
 
 def edit(fmt: str, seed: int = 0) -> Edit:
@@ -41,7 +46,7 @@ def same(left: Edit, right: Edit) -> bool:
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in tensors)
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", [*FORMATS, *OTHER_FORMATS])
 def test_round_trip_is_bit_for_bit_and_packed(tmp_path: Path, fmt: str) -> None:
     bank, decision, stored = Bank(tmp_path / "bank"), Decision.of("rtn", format=fmt), edit(fmt)
     assert not bank.has(SITE, decision)
@@ -50,7 +55,25 @@ def test_round_trip_is_bit_for_bit_and_packed(tmp_path: Path, fmt: str) -> None:
     assert same(bank.get(SITE, decision), stored)
     bits = sum(payload_bits(c.format, c.payload) for c in stored.linears.values()) + 16 * 144
     header = int.from_bytes(bank.path(SITE, decision).read_bytes()[:8], "little") + 8
-    assert bank.size_bytes() - header <= (bits + 7 * len(stored.linears)) / 8
+    n_packed = sum(part in c.format.widths for c in stored.linears.values() for part in c.payload)
+    assert bank.size_bytes() - header <= (bits + 7 * n_packed) / 8
+
+
+@pytest.mark.parametrize("fmt", ["q4_k", "q3_k", "q2_k"])
+def test_super_blocks_and_what_stands_beside_a_grid_round_trip(tmp_path: Path, fmt: str) -> None:
+    parsed, generator = parse_format(fmt), torch.Generator().manual_seed(1)
+    weight = torch.randn(7, 512, generator=generator)
+    payload = {
+        **nearest(weight, parsed, minmax(weight, parsed)),
+        **columns(weight, torch.tensor([3, 400])),
+        **low_rank(torch.randn(7, 2, generator=generator), torch.randn(2, 512, generator=generator)),
+        "act.scale": torch.rand(1, generator=generator),
+    }
+    stored, bank = Edit({"model.up": Compressed.of(parsed, payload)}), Bank(tmp_path)
+    bank.put("up", Decision.of("rtn", format=fmt), stored)
+    found = bank.get("up", Decision.of("rtn", format=fmt))
+    assert same(found, stored)
+    assert not torch.equal(found.linears["model.up"].dense, decode_grid(parsed, payload))
 
 
 def test_an_empty_edit_round_trips(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from methods import calibrate
 from methods.apply import Installer
 from methods.calibrate import N_SAMPLE, sweep
 from methods.formats import parse_format
@@ -13,7 +14,7 @@ from methods.method import Edit, Need, Stats
 from methods.model.describe import describe
 from methods.model.trace import logits_of
 from methods.model.weights import weight_of
-from tests.tiny import tiny_model, tiny_tokens
+from tests.tiny import ARCHITECTURES, tiny_model, tiny_tokens
 
 ALL = frozenset(Need)
 
@@ -177,6 +178,132 @@ def test_the_model_is_restored_when_a_visit_raises():
         sweep(model, structure, _batches(), {}, visit)
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def _hidden(model, block, batches):
+    """The slow way: what the block reads and puts out in whole forward passes."""
+    seen = []
+    module = model.get_submodule(block)
+    hook = module.register_forward_hook(
+        lambda _m, args, kwargs, out: seen.append(
+            (args[0] if args else kwargs["hidden_states"], out if isinstance(out, torch.Tensor) else out[0])
+        ),
+        with_kwargs=True,
+    )
+    for batch in batches:
+        logits_of(model, batch)
+    hook.remove()
+    return [inputs for inputs, _ in seen], [outputs for _, outputs in seen]
+
+
+COMPARED = frozenset({Need.DRIFT, Need.BLOCK, Need.HESSIAN})
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "neox"])
+def test_drift_compares_with_the_dense_stream(arch):
+    model, batches = tiny_model(arch), _batches()
+    structure = describe(model)
+    needs = {site.name: COMPARED for site in structure.sites if site.block != 1}
+    found = _swept(model, structure, batches, needs, lambda block, stats: _halved(model, structure, block))
+    names = [layer.name for site in structure.in_block(2) for layer in site.layers]
+    first = [layer.name for site in structure.in_block(0) for layer in site.layers]
+    assert set(found) == {*names, *first} and not any(found[name].drift.any() for name in first)
+    dense, (_, targets) = _inputs(model, names, batches), _hidden(model, structure.blocks[2], batches)
+    with Installer(model, structure) as installer:
+        for block in (0, 1):
+            for site, edit in _halved(model, structure, block).items():
+                installer.install(site, edit)
+        now, (inputs, _) = _inputs(model, names, batches), _hidden(model, structure.blocks[2], batches)
+    for name in names:
+        drift = (dense[name] - now[name]).T @ now[name] / len(now[name])
+        assert drift.abs().max() > 1e-2
+        assert torch.allclose(found[name].drift.double(), drift, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(found[name].hessian.double(), now[name].T @ now[name] / len(now[name]), rtol=1e-4, atol=1e-5)
+    sample = found[names[0]].block
+    assert all(torch.allclose(h, wanted, atol=1e-5) for h, wanted in zip(sample.inputs, inputs, strict=True))
+    assert all(torch.allclose(h, wanted, atol=1e-5) for h, wanted in zip(sample.targets, targets, strict=True))
+
+
+def test_a_dense_sweep_does_not_drift():
+    model = tiny_model("mixtral")
+    structure = describe(model)
+    found = _swept(model, structure, _batches(), _everything(structure, COMPARED))
+    assert all(not stats.drift.any() for stats in found.values())
+    blocks = {id(found[layer.name].block) for site in structure.in_block(1) for layer in site.layers}
+    assert len(blocks) == 1
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.* has no drift, for other tokens reach its experts"):
+        _swept(model, structure, _batches(), _everything(structure, COMPARED), lambda b, s: _halved(model, structure, b))
+
+
+def test_the_second_stream_is_run_only_where_it_is_needed(monkeypatch):
+    model = tiny_model("llama")
+    structure = describe(model)
+    runs = []
+    original = calibrate.BlockRunner.run
+    monkeypatch.setattr(calibrate.BlockRunner, "run", lambda self, block, h: runs.append(block) or original(self, block, h))
+
+    def count(needs):
+        runs.clear()
+        _swept(model, structure, _batches(1), needs, lambda block, stats: _halved(model, structure, block))
+        return [runs.count(block) for block in range(3)]
+
+    assert count({}) == [1, 1, 1]
+    assert count(_everything(structure, frozenset({Need.HESSIAN}))) == [2, 2, 2]
+    assert count(_everything(structure, COMPARED)) == [2, 3, 3]
+    assert count({structure.in_block(1)[0].name: COMPARED}) == [2, 3, 1]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_block_is_a_function_of_its_weights(arch):
+    """Replaced weights and input rounding give what the edited model gives; gradients reach the weights and nothing else."""
+    model, batches = tiny_model(arch), _batches(2)
+    structure = describe(model)
+    site = structure.in_block(1)[-1]
+    sample = next(iter(_swept(model, structure, batches, {site.name: frozenset({Need.BLOCK})}).values())).block
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fmt = parse_format("w4a8-token-g16")
+    weights = {layer.name: 0.5 * weight_of(model.get_submodule(layer.name)) for layer in site.layers}
+    edit = Edit({name: Compressed(weight, {}, fmt) for name, weight in weights.items()})
+    with Installer(model, structure) as installer:
+        installer.install(site.name, edit)
+        expected = _hidden(model, structure.blocks[1], batches)[1]
+    formats = dict.fromkeys(weights, fmt)
+    assert all(torch.allclose(sample.run(h, {}, {}), t, atol=1e-5) for h, t in zip(sample.inputs, sample.targets, strict=True))
+    for h, wanted, dense in zip(sample.inputs, expected, sample.targets, strict=True):
+        out = sample.run(h, weights, formats)
+        assert torch.allclose(out, wanted, atol=1e-5) and not torch.allclose(out, dense, atol=1e-3)
+        assert not torch.allclose(out, sample.run(h, weights, {}), atol=1e-5) and not out.requires_grad
+    leaves = {name: weight.clone().requires_grad_() for name, weight in weights.items()}
+    out = sample.run(sample.inputs[0], leaves, formats)
+    (out * sample.targets[0]).sum().backward()
+    assert any(leaf.grad is not None and leaf.grad.abs().max() > 1e-4 for leaf in leaves.values())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_block_takes_other_parameters_of_its_own():
+    model, batches = tiny_model("llama"), _batches(1)
+    structure = describe(model)
+    site = structure.in_block(1)[0]
+    sample = next(iter(_swept(model, structure, batches, {site.name: frozenset({Need.BLOCK})}).values())).block
+    norm = f"{site.norm}.weight"
+    halved = {norm: model.get_parameter(norm) / 2}
+    halved |= {layer.name: 2 * weight_of(model.get_submodule(layer.name)) for layer in site.layers}
+    assert torch.allclose(sample.run(sample.inputs[0], halved, {}), sample.targets[0], atol=1e-5)
+    with pytest.raises(ValueError, match=r"layers.2.* are no parameters of model.layers.1"):
+        sample.run(sample.inputs[0], {norm.replace("layers.1", "layers.2"): halved[norm]}, {})
+
+
+def test_the_block_sample_is_bounded(monkeypatch):
+    model = tiny_model("llama")
+    structure = describe(model)
+    monkeypatch.setattr(calibrate, "N_BLOCK", 150)
+    site = structure.in_block(1)[0].name
+    batches = _batches(8)
+    sample = next(iter(_swept(model, structure, batches, {site: frozenset({Need.BLOCK})}).values())).block
+    inputs, _ = _hidden(model, structure.blocks[1], batches)
+    assert len(sample.inputs) == len(sample.targets) == 3
+    assert all(torch.allclose(h, inputs[i], atol=1e-5) for h, i in zip(sample.inputs, (0, 3, 6), strict=True))
 
 
 def test_unknown_sites_are_refused():

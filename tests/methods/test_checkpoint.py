@@ -1,6 +1,7 @@
 """Compressed checkpoints: everything comes back bit for bit, and nothing that was damaged is loaded."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -11,10 +12,14 @@ from methods import checkpoint, policy_file
 from methods.apply import Installer
 from methods.checkpoint import CorruptCheckpoint, load_dense, read
 from methods.formats.format import parse_format
+from methods.formats.numerics import Compressed
+from methods.formats.sides import columns
 from methods.method import Edit
 from methods.model.load import CompressedCheckpoint, LoadedModel, load
-from methods.policy import Policy
+from methods.policy import Decision, Policy
 from methods.policy_file import PolicyFile
+from methods.quant.minmax import minmax as fit
+from methods.quant.nearest import nearest
 from tests.edits import edits_of, loaded_tiny, minmax
 from tests.tiny import tiny_tokens
 
@@ -87,6 +92,24 @@ def folder(tmp_path: Path, tiny: LoadedModel) -> Path:
     file, edits = _compressed(tiny)
     checkpoint.write(tmp_path / "ckpt", tiny, file, edits)
     return tmp_path / "ckpt"
+
+
+def test_other_grids_and_what_stands_beside_them_come_back(tmp_path: Path, tiny: LoadedModel) -> None:
+    names = itertools.cycle(["nvfp4a4", "nf4a16-g16-dq", "lut3a16", "bcq2a16-g16-asym", "w4a16-g16-u6", "e4m3a16-b16x16"])
+    formats = {site.name: name for site, name in zip(tiny.structure.sites, names, strict=False)}
+    edits = {}
+    for site in tiny.structure.sites:
+        fmt, linears = parse_format(formats[site.name]), {}
+        for layer in site.layers:
+            weight = tiny.model.get_parameter(f"{layer.name}.weight").data.float()
+            kept = columns(weight, torch.tensor([1, 5]))
+            linears[layer.name] = Compressed.of(fmt, {**nearest(weight, fmt, fit(weight, fmt)), **kept})
+        edits[site.name] = Edit(linears)
+    policy = Policy({name: (Decision.of("rtn", format=text),) for name, text in formats.items()})
+    checkpoint.write(tmp_path / "ckpt", tiny, PolicyFile(policy), edits)
+    stored = read(tmp_path / "ckpt")
+    assert all(_same(edits[site], stored.edits[site]) for site in edits)
+    assert policy_file.parse(stored.policy_text, tiny.structure).policy == policy
 
 
 def test_payload_takes_the_bits_of_its_formats(tmp_path: Path, tiny: LoadedModel) -> None:

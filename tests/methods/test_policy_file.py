@@ -43,6 +43,10 @@ DECISIONS = (
     Decision.of("gptq", format="w3a8-g64", damping=0.02, act_order=True),
     Decision.of("hqq", format="w2a8-g16-asym"),
     Decision.of("rtn", format="fp16"),
+    Decision.of("gptq", format="nvfp4a4"),
+    Decision.of("bcq", format="bcq3a16-g64", rounds=3),
+    Decision.of("rtn", format="w6a4-token-g64"),
+    Decision.of("rtn", format="fp8-token"),
     DENSE,
 )
 
@@ -149,17 +153,21 @@ BAD = {
     HEAD + "rules: [{method: int, bits: 4}]\n": r"rules\[0\].match: None is not text",
     HEAD + "rules: [{match: '.*', method: fp8}]\n": "method='fp8'",
     HEAD + "rules: [{match: '.*', method: int}]\n": "needs bits",
-    HEAD + "rules: [{match: '.*', method: int, bits: 5}]\n": "bits=5",
+    HEAD + "rules: [{match: '.*', method: int, bits: 9}]\n": "bits=9",
     HEAD + "rules: [{match: '.*', method: int, bits: true}]\n": "bits=True; use a whole number",
     HEAD + "rules: [{match: '.*', method: int, bits: 4.0}]\n": "use a whole number",
     HEAD + "rules: [{match: '.*', method: int, bits: 4, group: 8}]\n": "group=8",
     HEAD + "rules: [{match: '.*', method: int, bits: 4, group: 128}]\n": "does not divide d_in=192",
     HEAD + "rules: [{match: '.*', method: int, bits: 4, sym: 1}]\n": "sym=1; use true or false",
-    HEAD + "rules: [{match: '.*', method: int, bits: 4, act: 4}]\n": "act_bits=4",
+    HEAD + "rules: [{match: '.*', method: int, bits: 4, act: 5}]\n": "act_bits=5",
     HEAD + "rules: [{match: '.*', method: int, bits: 4, act_group: token}]\n": "act_group means nothing",
     HEAD + "rules: [{match: '.*', method: int, bits: 4, act: 8, act_group: row}]\n": "use token or group",
     HEAD + "rules: [{match: '.*', method: none, bits: 4}]\n": "bits=4 means nothing",
     HEAD + "rules: [{match: '.*', method: float, dtype: fp8}]\n": "dtype='fp8'",
+    HEAD + "rules: [{match: '.*', method: grid, format: fp8}]\n": "unknown format 'fp8'",
+    HEAD + "rules: [{match: '.*', method: grid, format: w4a16}]\n": "write it as method: int",
+    HEAD + "rules: [{match: '.*', method: grid, format: nf4, bits: 4}]\n": "bits=4 means nothing with method: grid",
+    HEAD + "rules: [{match: '.*', method: int, bits: 4, format: nf4}]\n": "format='nf4' means nothing with method: int",
     HEAD + "rules: [{match: '.*', method: int, bits: 4, algo: gptw}]\n": "did you mean gptq",
     HEAD + "rules: [{match: '.*', method: int, bits: 4, algo: {name: gptq, damp: 1}}]\n": "unknown knob 'damp'",
     HEAD + "rules: [{match: '.*', method: int, bits: 4, algo: {name: gptq, damping: [1]}}]\n": r"damping=\[1\]",
@@ -209,7 +217,7 @@ def test_does_not_write_what_it_could_not_read(tmp_path: Path) -> None:
         write(path, PolicyFile(Policy({model.sites[0].name: (Decision.of("rtn", format="w4a16-g128"),)})), model)
     with pytest.raises(KeyError, match="no site"):
         write(path, PolicyFile(Policy({"model.layers.7.mlp.down_proj": (DECISIONS[0],)})), model)
-    with pytest.raises(ValueError, match="decide at sites"):
+    with pytest.raises(ValueError, match="for a model as a whole"):
         write(path, PolicyFile(Policy(model=(DECISIONS[0],))), model)
     with pytest.raises(ValueError, match="nan"):
         PolicyFile(Policy(), provenance={"x": float("nan")})

@@ -36,7 +36,7 @@ def run(capsys, *arguments: object) -> str:
         (["--latency", "1ms", "--target", "tpu-v9"], "unknown target 'tpu-v9'"),
         (["--latency", "1ms", "--target", "a100"], "not this machine"),
         (["--latency", "1ms", "--workload", "chat"], "write decode:batch=1"),
-        (["--latency", "1ms", "--formats", "w5a16"], "bits=5"),
+        (["--latency", "1ms", "--formats", "w9a16"], "bits=9"),
         (["--latency", "1ms", "--formats", "int4"], "unknown format 'int4'"),
         (["--latency", "1ms", "--methods", "gtpq"], "did you mean gptq"),
         (["--latency", "1ms", "--data", "nowhere.txt"], "no such file"),

@@ -1,11 +1,15 @@
 """Spaces hold what can run and say what was dropped; runtimes refuse with the reason that matters."""
 
+from dataclasses import replace
+
 import pytest
 
 from methods import catalogue
 from methods.formats.format import Format, parse_format
+from methods.method import Plan
 from methods.model.structure import LayerSpec, Site, Structure
 from methods.policy import DENSE, Decision
+from methods.recipes.recipe import norm_site
 from spaces.runtimes import DEFAULT_FORMATS, RUNTIMES, runtime
 from spaces.space import build
 
@@ -90,6 +94,36 @@ def test_what_is_dropped_says_why() -> None:
     assert "2 sites, 5 choices" in text
     assert "not at 2 sites like qkv: w3a16-g32: no kernel for 3 bits" in text
     assert "not at down: awq:format=w4a16-g32: awq: down follows no norm" in text
+
+
+def _simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The catalogue with `sparse`, which is simulated and follows norms only."""
+    recipe = replace(catalogue.METHODS["rtn"], name="sparse", sites=norm_site, simulated="no kernel adds sparse rows")
+    monkeypatch.setitem(catalogue.METHODS, "sparse", recipe)  # type: ignore[arg-type]
+
+
+def test_what_is_simulated_is_refused_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    _simulated(monkeypatch)
+    message = r"sparse is simulated \(no kernel adds sparse rows\), so it has no latency .*leave it out of --methods, `search materialize`"
+    for methods in (["rtn", "sparse"], ["sparse:fitter=mse"]):
+        with pytest.raises(ValueError, match=message):
+            build(_structure(QKV, DOWN), ["w4a16-g32"], methods, runtime("isolatency"), anything)
+
+
+def test_settings_that_are_simulated_are_dropped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A method may be simulated in some formats only: these are no choices, the others are."""
+    plan = catalogue.plan
+
+    def partly(site: Site, decision: Decision) -> Plan:
+        found = plan(site, decision)
+        return replace(found, simulated="no kernel has 3 bits") if found.format.bits == 3 else found
+
+    monkeypatch.setattr(catalogue, "plan", partly)
+    space = build(_structure(QKV, DOWN), ["w4a16-g32", "w3a16-g32"], ["rtn"], runtime("isolatency"), anything)
+    assert [choice.format.name for choice in space.choices["down"]] == ["bf16", "w4a16-g32"]
+    assert space.dropped["down"] == {"rtn:format=w3a16-g32": "no latency of its own: no kernel has 3 bits"}
+    with pytest.raises(KeyError, match="no kernel has 3 bits"):
+        space.choice("down", Decision.of("rtn", format="w3a16-g32"))
 
 
 def test_a_site_with_nothing_but_dense_is_fine_and_a_model_without_choices_is_not() -> None:

@@ -1,0 +1,64 @@
+"""The scaling transforms as parts of a recipe: each gives its function the statistics that it reads, and folds the scale it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from methods.formats.format import Format
+from methods.method import Need, SiteView, Stats
+from methods.quant.awq import awq
+from methods.quant.fold import fold, gain
+from methods.quant.format_choice import input_rule
+from methods.quant.log_equalize import log_equalize
+from methods.quant.outlier_plus import outlier_plus
+from methods.quant.pre_shift import pre_shift
+from methods.quant.shift import move
+from methods.quant.smooth import smooth
+from methods.quant.task import Change, Knobs, statistic
+
+
+def by_smooth(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Change:
+    """SmoothQuant's scale; knob `alpha`."""
+    return _folded(view, smooth(view.weights, _of_inputs(view, stats, Need.ABS_MAX), float(knobs["alpha"])))
+
+
+def by_awq(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Change:
+    """AWQ's scale; knob `duo`, false where there is none."""
+    abs_mean, sample = (_of_inputs(view, stats, need) for need in (Need.ABS_MEAN, Need.SAMPLE))
+    return _folded(view, awq(view.weights, view.fold_into, abs_mean, sample, fmt, duo=bool(knobs.get("duo", False))))
+
+
+def by_log_equalize(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Change:
+    """FPTQ's scale, where the largest input is above the knob `quiet` and below `loud`."""
+    abs_max = _of_inputs(view, stats, Need.ABS_MAX)
+    rule = input_rule(float(abs_max.max()), float(knobs["quiet"]), float(knobs["loud"]))
+    return _folded(view, log_equalize(abs_max)) if rule == "equalised" else Change()
+
+
+def by_outlier_plus(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Change:
+    """Outlier Suppression+'s shift and scale; knob `steps`."""
+    span, sample = (_of_inputs(view, stats, need) for need in (Need.RANGE, Need.SAMPLE))
+    return move(view, *outlier_plus(view, span, sample, fmt, int(knobs["steps"])))
+
+
+def by_gamma(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Change:
+    """Gamma migration: the norm keeps only the signs of its weight, whose size goes into the layers. Outlier Suppression (Wei 2022)."""
+    return move(view, gain(view.fold_into).abs())
+
+
+def by_pre_shift(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Change:
+    """LLM-FP4's powers of two; knob `limit`."""
+    return _folded(view, pre_shift(_of_inputs(view, stats, Need.ABS_MAX), int(knobs["limit"])))
+
+
+def _of_inputs(view: SiteView, stats: Mapping[str, Stats], need: Need) -> Tensor:
+    """A statistic of the input that all layers behind a norm share."""
+    name = next(iter(view.weights))
+    return statistic(stats[name], name, need)
+
+
+def _folded(view: SiteView, scale: Tensor) -> Change:
+    folded = fold(view.fold_into, scale)
+    return Change(folded.ratio, folded.tensors)
