@@ -73,8 +73,9 @@ class BlockSample:
     """A decoder block as a function of its linears' weights, with inputs and the outputs to be kept.
 
     inputs, targets: hidden states (b, t, d) fp32 for each batch: what the block reads now, and what the dense model has behind it.
-    run: (hidden, weights by layer name (d_out, d_in), activation formats by layer name) -> hidden; layers that are absent are as they
-    stand in the model. Differentiable in the weights; rounding of activations passes gradients straight through.
+    run: (hidden, weights (d_out, d_in) by layer name, activation formats by layer name) -> hidden; layers that are absent are as they
+    stand in the model, and weights may hold other parameters of the block, by full name. Differentiable in the weights; rounding of
+    activations passes gradients straight through.
     """
 
     inputs: Sequence[Tensor]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from methods import catalogue
-from methods.formats.format import Format
-from methods.formats.numerics import quantize_activation
+from methods.formats.numerics import Compressed, quantize_activation
+from methods.formats.sides import plain
 from methods.gradients import Loss, Tap, every_linear, reverse
 from methods.method import Edit, NormView, SiteView, Stats
 from methods.model.blocks import BlockRunner
@@ -73,7 +73,7 @@ def _site_samples(
         changes = _changes(weights, edit, ratio)
         moved = [
             [
-                layer.moved(changes[layer.name], edit.linears[layer.name].format, ratio, label)
+                layer.moved(changes[layer.name], edit.linears[layer.name], ratio, label)
                 for layer in layers
                 if layer.name in changes
             ]
@@ -108,18 +108,19 @@ class _Layer:
     def of(cls, name: str, weight: Tensor, tap: Tap) -> _Layer:
         return cls(name, tap.x, tap.weight_gradients().flatten(1), [g @ weight for g in tap.gradients])
 
-    def moved(self, change: Tensor, fmt: Format, ratio: Tensor | None, label: str) -> Tensor:
+    def moved(self, change: Tensor, compressed: Compressed, ratio: Tensor | None, label: str) -> Tensor:
         """(n,): what changing the weight and rounding the activations does."""
-        return self.weight_gradients @ change.flatten() + self._activation_shift(fmt, ratio, label)
+        return self.weight_gradients @ change.flatten() + self._activation_shift(compressed, ratio, label)
 
-    def _activation_shift(self, fmt: Format, ratio: Tensor | None, label: str) -> Tensor:
+    def _activation_shift(self, compressed: Compressed, ratio: Tensor | None, label: str) -> Tensor:
         """What rounding the activations alone changes, (n,) or a single zero; computed once for all candidates with one rule."""
+        fmt = compressed.format
         if fmt.act_bits >= 16:
             return torch.zeros(1)
-        rule = (fmt.activation, None if ratio is None else label)
+        rule = (fmt.activation, None if ratio is None and plain(compressed.payload) else label)
         if rule not in self.shifts:
             scaled = self.x if ratio is None else self.x * ratio
-            moved = quantize_activation(scaled, fmt) - scaled
+            moved = quantize_activation(scaled, fmt, compressed.payload) - scaled
             moved = moved if ratio is None else moved / ratio
             self.shifts[rule] = torch.cat([(g * moved).sum((1, 2)) for g in self.input_gradients])
         return self.shifts[rule]
@@ -302,7 +303,8 @@ def edit_error(view: SiteView, stats: Mapping[str, Stats], edit: Edit) -> EditEr
         x = own.sample if ratio is None else own.sample * ratio
         wanted = own.sample @ weight.T
         energy[2] += wanted.double().square().sum()
-        error[2] += (quantize_activation(x, compressed.format) @ compressed.dense.T - wanted).double().square().sum()
+        rounded = quantize_activation(x, compressed.format, compressed.payload)
+        error[2] += (rounded @ compressed.dense.T - wanted).double().square().sum()
     return EditError(*(error / energy).tolist())
 
 

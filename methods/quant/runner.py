@@ -143,7 +143,8 @@ def _payload(recipe: Recipe, task: Task, change: Change) -> Mapping[str, Tensor]
     if recipe.compensator:
         parts.update(COMPENSATORS[recipe.compensator](task, Compressed.of(task.fmt, parts).dense))
     if task.name in change.turns:
-        parts.update(change.turns[task.name].parts())
+        # Layers may share a turn; each payload owns its parts, as files cannot hold one tensor twice.
+        parts.update({part: tensor.clone() for part, tensor in change.turns[task.name].parts().items()})
     return parts
 
 

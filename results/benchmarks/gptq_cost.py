@@ -51,7 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--method", default="gptq:format=w4a16-g64", help="a decision (default: %(default)s)")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=8, help="sequences that run together (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences that run together (default: 1, as in a search)")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "isolatency")
     parser.add_argument("--in-order", action="store_true", help="later blocks see the rounded ones before them")
     return parser.parse_args()

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from methods.bank import Bank
 from methods.catalogue import METHODS, apply, method, needs, plan, refuses
 from methods.formats.format import parse_format
 from methods.formats.numerics import decode, payload_bits
@@ -145,6 +147,20 @@ def test_is_deterministic_and_leaves_its_inputs_alone(name: str, fmt: str) -> No
     for layer in first.linears:
         assert torch.equal(first.linears[layer].dense, second.linears[layer].dense)
     assert all(torch.equal(first.tensors[key], second.tensors[key]) for key in first.tensors)
+
+
+@pytest.mark.parametrize("name", [name for name, recipe in METHODS.items() if recipe.stage is Stage.QUANTIZE])
+def test_the_bank_gives_back_what_it_was_given(name: str, tmp_path: Path) -> None:
+    decision, bank = Decision.of(name, format=legal_format(name)), Bank(tmp_path)
+    edit = apply(view(), statistics(), decision)
+    bank.put(SITE.name, decision, edit)
+    again = bank.get(SITE.name, decision)
+    assert edit.linears.keys() == again.linears.keys() and edit.tensors.keys() == again.tensors.keys()
+    for layer, compressed in edit.linears.items():
+        own = again.linears[layer]
+        assert own.payload.keys() == compressed.payload.keys() and torch.equal(own.dense, compressed.dense)
+        assert all(torch.equal(own.payload[part], tensor) for part, tensor in compressed.payload.items())
+    assert all(torch.equal(again.tensors[tensor], edit.tensors[tensor]) for tensor in edit.tensors)
 
 
 @pytest.mark.parametrize(("name", "fmt"), CASES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from methods import catalogue
@@ -10,8 +10,7 @@ from methods.catalogue import METHODS
 from methods.formats.format import parse_format
 from methods.method import Stage
 from methods.model.structure import Site
-from methods.policy import Decision, Knob
-from methods.recipes.recipe import Recipe
+from methods.policy import Decision
 from search.method_list import REPRESENTATIVES
 from spaces.space import with_format
 
@@ -51,11 +50,8 @@ BASELINE = (
 )
 """What `rtn` is run in besides, as in every other format of the table, and `gptq` in the first two."""
 
-LEARNED: Mapping[str, Knob] = {"steps": 20, "batch": 1}
-"""Knobs of what learns, where it has them: the defaults take hours without an accelerator. Rows say so in their names."""
-
 SLOW = ("obq",)
-"""Only run when asked for by name: d_in**3 a row."""
+"""Only run when asked for by name, as what learns is: d_in**3 a row."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +86,11 @@ def _takes(site: Site, decision: Decision) -> bool:
 
 
 def chosen_rows(methods: Sequence[str], formats: Sequence[str]) -> list[Row]:
-    """The rows asked for; without methods the whole catalogue, without formats the representative ones of each."""
+    """The rows asked for; without methods the catalogue but `SLOW` and what learns, without formats the representative ones of each."""
     names = methods or [
-        _quick(recipe) for recipe in METHODS.values() if recipe.stage is Stage.QUANTIZE and recipe.name not in SLOW
+        recipe.name
+        for recipe in METHODS.values()
+        if recipe.stage is Stage.QUANTIZE and not recipe.learner and recipe.name not in SLOW
     ]
     rows = [Row(name, fmt) for name in names for fmt in formats or _representative(name)]
     if not formats and not methods:
@@ -111,9 +109,3 @@ def _representative(method: str) -> list[str]:
     tried = (*OWN.get(recipe.name, ()), *FIRST)
     own = [fmt for fmt in tried if recipe.formats(parse_format(fmt)) is None][:1]
     return [*own, *{"rtn": BASELINE, "gptq": BASELINE[:2]}.get(method, ())]
-
-
-def _quick(recipe: Recipe) -> str:
-    """The recipe's name, with `LEARNED` where it learns."""
-    knobs = {name: value for name, value in LEARNED.items() if recipe.learner and name in recipe.knobs}
-    return ":".join([recipe.name, *(f"{name}={value}" for name, value in knobs.items())])

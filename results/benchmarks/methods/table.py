@@ -14,7 +14,7 @@ FAMILIES = ("rounding", "transform", "activation", "partition", "compensation", 
 def write_table(folder: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
     """table.csv and README.md, by family, then format, then KL divergence."""
     order = {family: index for index, family in enumerate(FAMILIES)}
-    rows = sorted(rows, key=lambda row: (order.get(row["family"], len(order)), row["format"], row["kl"]))
+    rows = sorted(rows, key=lambda row: (order.get(row["family"], len(order)), row["format"], row["kl"] or float("inf")))
     kinds = list(dict.fromkeys(kind for row in rows for kind in row["errors"]))
     with (folder / "table.csv").open("w", newline="") as file:
         writer = csv.writer(file)
@@ -26,7 +26,7 @@ def write_table(folder: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[
             "kl",
             "kl_stderr",
             "perplexity",
-            "seconds",
+            "cpu_seconds",
             "peak_mib",
             "sites",
             "plain_sites",
@@ -51,9 +51,10 @@ def _page(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], facts: Mappin
         "",
         "Errors are those of a site's outputs relative to their energy, on the held-out text, in percent, with nothing else compressed:",
         f"the geometric mean over blocks {blocks}. KL is that of the whole model from the dense one, nats per token, ± its standard error",
-        "over the windows. Seconds are those of the compression, without the calibration pass, which all rows share and which sees the",
-        "dense model; MiB is the most that compressing one block added to the process. *+n*: at n sites, which the method refuses, stands",
-        "its plain rounding in the same format; sites that refuse the format stay dense. *s*: simulated, no kernel here runs it.",
+        "over the windows; – where only those blocks were compressed. Seconds are CPU seconds of compressing the whole model, without the",
+        "calibration pass, which all rows share and which sees the dense model; MiB is the most that compressing one block added to the",
+        "process. *+n*: at n sites, which the method refuses, stands its plain rounding in the same format; sites that refuse the format",
+        "stay dense. *s*: simulated, no kernel here runs it.",
         "",
         f"    {facts['command']}",
         "",
@@ -69,8 +70,11 @@ def _page(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], facts: Mappin
 def _line(row: Mapping[str, Any], kinds: Sequence[str]) -> str:
     name = row["method"] + (" *s*" if row["simulated"] else "") + (f" *+{row['plain_sites']}*" if row["plain_sites"] else "")
     errors = [f"{row['errors'][kind]:.3%}".rstrip("%") if kind in row["errors"] else "" for kind in kinds]
-    dense = row["all_sites"] - row["sites"] - row["plain_sites"]
+    dense = row["all_sites"] - row["sites"] - row["plain_sites"] if row["kl"] is not None else 0
     fmt = row["format"] + (f" ({dense} sites dense)" if dense else "")
-    cells = [name, fmt, f"{row['bits']:.2f}", *errors, f"{row['kl']:.4f} ± {row['kl_stderr']:.4f}", f"{row['perplexity']:.2f}"]
+    whole = ("–", "–")
+    if row["kl"] is not None:
+        whole = (f"{row['kl']:.4f} ± {row['kl_stderr']:.4f}", f"{row['perplexity']:.2f}")
+    cells = [name, fmt, f"{row['bits']:.2f}", *errors, *whole]
     memory = "" if math.isnan(row["peak_mib"]) else f"{row['peak_mib']:.0f}"
-    return "| " + " | ".join([*cells, f"{row['seconds']:.0f}", memory]) + " |"
+    return "| " + " | ".join([*cells, f"{row['cpu_seconds']:.0f}", memory]) + " |"

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from methods.kv.cache import attention_windows, new_cache, stored_bytes
-from methods.kv.calibrate import Calibration, calibrate
+from methods.kv.calibrate import Calibration, _record, calibrate, fit_codebook
 from methods.kv.format import parse_cache_format
 from methods.kv.quality import evaluate
 from methods.kv.rotary import NoInverse, rotaries
@@ -237,9 +237,23 @@ def test_calibration_leaves_the_model_alone_and_reads_its_gradients() -> None:
     assert not torch.equal(found.layers[0]["key.levels"], found.layers[1]["key.levels"])
 
 
-def test_gradients_of_keys_against_differences() -> None:
-    from methods.kv.calibrate import _record
+def test_codebooks_are_weighted_by_the_gradients() -> None:
+    model, tokens = model_of("llama"), tiny_tokens(1, 32, seed=7)
+    found = calibrate(model, parse_cache_format("kv-kvquant3"), tokens).layers[1]
+    keys, key_gradient, *_ = _record(model, tokens, fisher=True)[1]
+    rotary = rotaries(model, 3)[1]
+    assert rotary is not None
+    middle, half = (found["key.high"] + found["key.low"]) / 2, (found["key.high"] - found["key.low"]) / 2
+    z = (rotary.undo(keys, 0)[0] - middle) / half
+    weight = (rotary.undo(key_gradient, 0)[0] * half).square()
+    inside = z.abs() <= 1
+    assert inside.float().mean() > 0.9
+    expected = fit_codebook(z[inside], weight[inside], 3).levels
+    assert torch.allclose(found["key.levels"], expected, atol=1e-5)
+    assert not torch.allclose(expected, fit_codebook(z[inside], torch.ones(int(inside.sum())), 3).levels, atol=1e-2)
 
+
+def test_gradients_of_keys_against_differences() -> None:
     model, tokens = tiny_model("llama").double(), tiny_tokens(1, 9)
     calls = _record(model, tokens, fisher=True)
 
