@@ -48,8 +48,8 @@ def sweep(
     Where visit returns edits (by site) they are installed before the block's outputs are passed on, so that later blocks see
     the compressed prefix; otherwise the dense outputs are passed on. Blocks before `start`, and those that `skip` names, are
     run as they are and not visited: so a sweep resumes. At the end, or when visit raises, the model is as it was before.
-    dense: `visit` never returns edits (ValueError if it does), so that the hidden states are kept once, each batch's giving way to
-    those behind the block.
+    dense: `visit` never returns edits (ValueError if it does), so that the hidden states are kept once, those behind a block in the
+    place of those before it.
     DRIFT and BLOCK compare with the model as it was before: where one of them is still needed after an edit, a second stream of
     hidden states passes through it. Memory: the model, one block's statistics, the hidden states before and after one block in each
     stream; for FISHER, that of the model as it was before, hidden states and gradients at the blocks' boundaries of at most
@@ -60,6 +60,8 @@ def sweep(
     if unknown:
         example = structure.sites[0].name
         raise ValueError(f"sweep: {unknown[:3]} are no sites of this {structure.architecture}; they look like {example!r}")
+    # A block's sample refers to hidden states, which a visit may keep.
+    own = not any(Need.BLOCK in need for need in needs.values())
     compared = {Need.DRIFT, Need.BLOCK}
     last = max((site.block for site in structure.sites if needs.get(site.name, frozenset()) & compared), default=-1)
     visited = {block for block in range(start, len(structure.blocks)) if not skip(block)}
@@ -70,13 +72,13 @@ def sweep(
     with Installer(model, structure) as installer:
         for block in range(len(structure.blocks)):
             if block not in visited:
-                streams = _through(model, runner, block, streams, {}, consume=True)
+                streams = _through(model, runner, block, streams, {}, overwrite=own)
                 continue
             wanted = {site: needs[site.name] for site in structure.in_block(block) if needs.get(site.name)}
             stats: dict[str, Stats] = {}
             after = None
             if wanted or block < last:
-                stats, after = _collect(model, runner, structure, block, streams, wanted, consume=dense)
+                stats, after = _collect(model, runner, structure, block, streams, wanted, overwrite=dense and own)
             if fisher is not None:
                 stats = fisher.added(block, stats)
             edits = visit(block, stats) or {}
@@ -139,7 +141,7 @@ def _collect(
     streams: _Streams,
     wanted: Mapping[Site, frozenset[Need]],
     *,
-    consume: bool,
+    overwrite: bool,
 ) -> tuple[dict[str, Stats], _Streams]:
     """Statistics by layer, and the streams behind the block as it stands."""
     collectors: dict[str, _Collector] = {}
@@ -153,10 +155,9 @@ def _collect(
                 collectors[layer.name] = collectors[first]
                 continue
             collectors[layer.name] = hooks[layer.name] = _Collector(site.d_in, need)
-    reconstructed = any(Need.BLOCK in need for need in wanted.values())
-    after = _through(model, runner, block, streams, hooks, consume=consume and not reconstructed)
+    after = _through(model, runner, block, streams, hooks, overwrite=overwrite)
     sample = None
-    if reconstructed:
+    if any(Need.BLOCK in need for need in wanted.values()):
         sample = _block_sample(model, runner, structure, block, streams.now, after.dense)
     stats = {id(collector): collector.stats(sample) for collector in hooks.values()}
     return {layer: stats[id(collector)] for layer, collector in collectors.items()}, after
@@ -169,15 +170,19 @@ def _through(
     streams: _Streams,
     collectors: Mapping[str, _Collector],
     *,
-    consume: bool,
+    overwrite: bool,
 ) -> _Streams:
     """The streams behind the block as it stands; the collectors see the present one, beside what their layers read in the dense.
 
-    consume: takes every batch out of a single stream when its turn comes, so that inputs and outputs are never all there at once.
+    overwrite: the outputs of a single stream take the place of its inputs, tensor by tensor: what lives long never moves, so that what
+    does not leaves no gaps behind.
     """
     if streams.same:
-        left = streams.now if consume else list(streams.now)
-        now = [_run(model, runner, block, left.pop(0), collectors) for _ in range(len(left))]
+        if overwrite:
+            for h in streams.now:
+                h.copy_(_run(model, runner, block, h, collectors))
+            return streams
+        now = [_run(model, runner, block, h, collectors) for h in streams.now]
         return _Streams(now, now)
     now, dense = [], []
     drifting = {name: collector for name, collector in collectors.items() if collector.drifts}
