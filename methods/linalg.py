@@ -33,8 +33,8 @@ class Gram:
     def mean(self, n: int) -> Tensor:
         """The sum divided by `n`, (d, d) fp32, symmetric."""
         self._settle()
-        result = self._sum.div(n).float().triu_()
-        return result + result.triu(1).T
+        result = torch.div(self._sum, n, out=torch.empty_like(self._part)).triu_()
+        return result.add_(result.triu(1).T)
 
     def _settle(self) -> None:
         self._sum += self._part

@@ -51,6 +51,7 @@ def feedback(
     factor = inverse_factor(hessian[order][:, order], damping)
     drawn = None if drift is None else pull(drift[order][:, order], factor).to(weight.dtype)
     upper = factor.to(weight.dtype)
+    del factor
     pivots = upper.diagonal().tolist()
     columns = weight.T[order]
     held = None if kept is None else kept.T[order]
@@ -106,8 +107,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     The inverse of `upper_factor`: one factorisation, no inverse of the matrix. Damping grows as it says there.
     """
     upper = upper_factor(hessian, damping)
-    identity = torch.eye(len(upper), dtype=upper.dtype)
-    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+    # Stored by columns, as LAPACK solves in place: every copy of a wide Hessian in fp64 counts.
+    identity = torch.eye(len(upper), dtype=upper.dtype).T
+    inverse: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True, out=identity)
     return inverse
 
 
@@ -117,15 +119,16 @@ def upper_factor(hessian: Tensor, damping: float) -> Tensor:
     With J the reversal of order, J H J = L L^T gives H = R R^T for the upper R = J L J.
     Where the matrix is not positive definite in fp64, damping grows tenfold until it is, with one warning.
     """
-    reverse = hessian.double().flip(0, 1)
-    if not torch.isfinite(reverse).all():
+    if not torch.isfinite(hessian).all():
         raise ValueError("feedback: the Hessian has infinite or NaN entries; check the calibration activations")
-    diagonal, mean = reverse.diagonal().clone(), hessian.diagonal().double().mean()
+    mean = hessian.diagonal().double().mean()
     mean = mean if mean > 0 else torch.ones_like(mean)
     for tries in range(_TRIES):
         used = max(damping, 1e-6) * 10**tries if tries else damping
-        reverse.diagonal().copy_(diagonal + used * mean)
+        reverse = hessian.flip(0, 1).double()
+        reverse.diagonal().add_(used * mean)
         lower, failed = torch.linalg.cholesky_ex(reverse)
+        del reverse
         if not failed:
             if tries:
                 logger.warning(
