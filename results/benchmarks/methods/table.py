@@ -58,6 +58,8 @@ def _page(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], facts: Mappin
         "",
         f"    {facts['command']}",
         "",
+        "What it says, and where it surprises: [NOTES.md](NOTES.md).",
+        "",
     ]
     for family in dict.fromkeys(row["family"] for row in rows):
         lines += [f"## {family}", "", "| method | format | bits | " + " | ".join(kinds) + " | KL | perplexity | s | MiB |"]
