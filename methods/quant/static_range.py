@@ -20,14 +20,16 @@ from methods.quant.task import Task
 def static_parts(span: Tensor, fmt: Format, *, offset: bool) -> dict[str, Tensor]:
     """The payload parts that round inputs within `span` (2, n), least and largest, n = 1 or d_in; in fp32.
 
-    offset: `act.offset` is the least value and the codes span the range; otherwise they are symmetric about zero.
+    offset: the codes span the range, and `act.offset` is a whole number of steps, so that zero stays zero. Half a step beside it, every
+    input that is small against the step would move the same way, and such errors add up in the outputs. Otherwise the codes are
+    symmetric about zero.
     """
     if offset:
         scale = (span[1] - span[0]) / (2**fmt.act_bits - 1)
     else:
         scale = span.abs().amax(0) / largest(fmt.act_element, fmt.act_bits)
-    parts = {"act.scale": torch.where(scale > 0, scale, torch.ones_like(scale))}
-    return parts | ({"act.offset": span[0].clone()} if offset else {})
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return {"act.scale": scale} | ({"act.offset": (span[0] / scale).round() * scale} if offset else {})
 
 
 def by_range(task: Task, dense: Tensor) -> dict[str, Tensor]:
