@@ -1,7 +1,8 @@
 """Every method of the library at its representative formats: held-out layer error, whole-model KL and perplexity, time and memory.
 
 One calibration sweep over the dense model makes every (method, format) of a block, so that statistics are collected once; then each
-row is installed and evaluated. Rows that are in rows.jsonl are skipped, finished blocks of a sweep that was cut off are not repeated.
+row is installed and evaluated. With --in-order each row has a sweep of its own, in which a block is calibrated behind the compressed
+blocks before it. Rows that are in rows.jsonl are skipped, finished blocks of a sweep that was cut off are not repeated.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Benchmark:
         self.calibrate = self._text(options.calibrate, -(-options.tokens // options.sequence))
         self.evaluate = self._text(options.evaluate, options.windows)
         self.key = content_key(self.loaded.digest, tokens_hash(self.calibrate), tokens_hash(self.evaluate))
-        folder = options.scratch / self.key
+        folder = options.scratch / self.key / ("in-order" if options.in_order else "dense")
         self.bank, self._facts = Bank(folder / "bank"), folder / "facts"
         blocks = self.structure.blocks
         self.measured = options.sites or sorted({0, len(blocks) // 2, len(blocks) - 1})
@@ -96,7 +97,7 @@ class Benchmark:
         held_out = self._held_out()
         began = time.monotonic()
 
-        def visit(block: int, stats: Mapping[str, Stats]) -> None:
+        def visit(block: int, stats: Mapping[str, Stats]) -> Mapping[str, Edit] | None:
             dense: dict[str, Tensor] = {}
             for row in rows:
                 if block not in made[row].blocks:
@@ -106,13 +107,20 @@ class Benchmark:
                     made[row].blocks.append(block)
                     write_text(self._path(row), json.dumps(asdict(made[row])))
             say(f"block {block + 1} of {n_blocks}, {time.monotonic() - began:.0f} s")
+            return self._edits(rows[0], block) if self.options.in_order else None
 
         batches = [self.calibrate[i : i + 1] for i in range(len(self.calibrate))]
         done = {block for block in range(n_blocks) if all(block in own.blocks for own in made.values())}
         if self.options.errors_only:
             done |= set(range(n_blocks)) - set(self.measured)
         if len(done) < n_blocks:
-            sweep(self.loaded.model, self.structure, batches, needs, visit, skip=lambda block: block in done)
+            ordered = self.options.in_order
+            skip = (lambda block: False) if ordered else done.__contains__
+            sweep(self.loaded.model, self.structure, batches, needs, visit, skip=skip, dense=not ordered)
+
+    def _edits(self, row: Row, block: int) -> dict[str, Edit]:
+        at = {site.name: row.at(site) for site in self.structure.in_block(block)}
+        return {name: edit for name, d in at.items() if d is not None and (edit := self.bank.get(name, d)) is not None}
 
     def _make(self, row: Row, block: int, stats: Mapping[str, Stats], made: Made) -> dict[str, Edit]:
         sites = {site.name: site for site in self.structure.in_block(block) if row.at(site) is not None}
@@ -187,7 +195,9 @@ class Benchmark:
                 {
                     "method": row.method,
                     "format": row.format,
+                    "in_order": self.options.in_order,
                     "key": self.key,
+                    "command": _shown(sys.argv[1:]),
                     "family": METHODS[row.recipe].family,
                     "simulated": METHODS[row.recipe].simulated,
                     "sites": made.n_own,
@@ -198,8 +208,8 @@ class Benchmark:
                     "kl": quality and quality.kl,
                     "kl_stderr": quality and quality.kl_stderr,
                     "perplexity": quality and quality.perplexity,
-                    # Errors alone take the measured blocks alone: the model's cost is that of as many more.
-                    "cpu_seconds": made.seconds * len(self.structure.blocks) / len(made.blocks),
+                    "cpu_seconds": made.seconds,
+                    "blocks": len(made.blocks),
                     "peak_mib": made.peak_mib,
                 }
             )
@@ -227,15 +237,19 @@ class Benchmark:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "date": time.strftime("%Y-%m-%d"),
-            "command": "python results/benchmarks/methods/run.py " + " ".join(_shown(sys.argv[1:])),
         }
 
 
-def _shown(arguments: Sequence[str]) -> Iterator[str]:
-    """Arguments with files by name alone: where they lie is the machine's business."""
-    for argument in arguments:
-        path = Path(argument)
-        yield path.name if path.is_absolute() else argument
+def _shown(arguments: Sequence[str]) -> str:
+    """The command, with files by name alone and without the places of its own: where things lie is the machine's business."""
+    kept: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument in ("--out", "--cache", "--scratch"):
+            next(waiting, None)
+        else:
+            kept.append(Path(argument).name if Path(argument).is_absolute() else argument)
+    return "python results/benchmarks/methods/run.py " + " ".join(kept)
 
 
 @contextmanager
@@ -275,6 +289,7 @@ def main() -> None:
     )
     parser.add_argument("--sites", type=_blocks, default=[], metavar="B,B,…", help="blocks whose sites' errors are measured")
     parser.add_argument("--errors-only", action="store_true", help="compress the measured blocks alone, and no whole model")
+    parser.add_argument("--in-order", action="store_true", help="calibrate each block behind the compressed ones before it")
     parser.add_argument("--tokens", type=int, default=8192, help="of calibration")
     parser.add_argument("--sequence", type=int, default=512, help="tokens of a sequence and of a window")
     parser.add_argument("--windows", type=int, default=4, help="of evaluation")
@@ -290,8 +305,8 @@ def main() -> None:
     path = options.out / "rows.jsonl"
     options.out.mkdir(parents=True, exist_ok=True)
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(item["method"], item["format"]) for item in known if item["key"] == benchmark.key}
-    todo = [row for row in rows if (row.method, row.format) not in done]
+    done = {(item["method"], item["format"], item["in_order"]) for item in known if item["key"] == benchmark.key}
+    todo = [row for row in rows if (row.method, row.format, options.in_order) not in done]
     say(f"{len(todo)} of {len(rows)} rows to do")
 
     def record(item: dict[str, Any]) -> None:
@@ -299,10 +314,12 @@ def main() -> None:
             file.write(json.dumps(item) + "\n")
         known.append(item)
 
-    if todo:
-        benchmark.make(todo)
-        benchmark.judge(todo, record)
-    write_table(options.out, [item for item in known if item["key"] == benchmark.key], benchmark.dense())
+    for together in [[row] for row in todo] if options.in_order else [todo] if todo else []:
+        benchmark.make(together)
+        benchmark.judge(together, record)
+    own = [item for item in known if item["key"] == benchmark.key]
+    commands = list(dict.fromkeys(item["command"] for item in own))
+    write_table(options.out, own, {**benchmark.dense(), "commands": commands})
 
 
 def _list(text: str) -> list[str]:

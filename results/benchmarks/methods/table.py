@@ -22,11 +22,13 @@ def write_table(folder: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[
             "family",
             "method",
             "format",
+            "in_order",
             "bits",
             "kl",
             "kl_stderr",
             "perplexity",
             "cpu_seconds",
+            "blocks",
             "peak_mib",
             "sites",
             "plain_sites",
@@ -51,12 +53,13 @@ def _page(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], facts: Mappin
         "",
         "Errors are those of a site's outputs relative to their energy, on the held-out text, in percent, with nothing else compressed:",
         f"the geometric mean over blocks {blocks}. KL is that of the whole model from the dense one, nats per token, ± its standard error",
-        "over the windows; – where only those blocks were compressed. Seconds are CPU seconds of compressing the whole model, without the",
-        "calibration pass, which all rows share and which sees the dense model; MiB is the most that compressing one block added to the",
-        "process. *+n*: at n sites, which the method refuses, stands its plain rounding in the same format; sites that refuse the format",
-        "stay dense. *s*: simulated, no kernel here runs it.",
+        "over the windows; – where only those blocks were compressed. Seconds are CPU seconds of compressing, of all blocks or of",
+        "as many as stand in brackets, without the calibration pass, which sees the dense model or, *in order*, the compressed",
+        "blocks before; MiB is the most that compressing one block added to the process. *+n*: at n sites, which the method",
+        "refuses, stands its plain rounding in the same format; sites that refuse the format stay dense. *s*: simulated, no",
+        "kernel here runs it.",
         "",
-        f"    {facts['command']}",
+        *(f"    {command}" for command in facts["commands"]),
         "",
         "What it says, and where it surprises: [NOTES.md](NOTES.md).",
         "",
@@ -70,7 +73,12 @@ def _page(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], facts: Mappin
 
 
 def _line(row: Mapping[str, Any], kinds: Sequence[str]) -> str:
-    name = row["method"] + (" *s*" if row["simulated"] else "") + (f" *+{row['plain_sites']}*" if row["plain_sites"] else "")
+    name = (
+        row["method"]
+        + (", in order" if row["in_order"] else "")
+        + (" *s*" if row["simulated"] else "")
+        + (f" *+{row['plain_sites']}*" if row["plain_sites"] else "")
+    )
     errors = [f"{row['errors'][kind]:.3%}".rstrip("%") if kind in row["errors"] else "" for kind in kinds]
     dense = row["all_sites"] - row["sites"] - row["plain_sites"] if row["kl"] is not None else 0
     fmt = row["format"] + (f" ({dense} sites dense)" if dense else "")
@@ -79,4 +87,5 @@ def _line(row: Mapping[str, Any], kinds: Sequence[str]) -> str:
         whole = (f"{row['kl']:.4f} ± {row['kl_stderr']:.4f}", f"{row['perplexity']:.2f}")
     cells = [name, fmt, f"{row['bits']:.2f}", *errors, *whole]
     memory = "" if math.isnan(row["peak_mib"]) else f"{row['peak_mib']:.0f}"
-    return "| " + " | ".join([*cells, f"{row['cpu_seconds']:.0f}", memory]) + " |"
+    seconds = f"{row['cpu_seconds']:.0f}" + ("" if row["kl"] is not None else f" ({row['blocks']} blocks)")
+    return "| " + " | ".join([*cells, seconds, memory]) + " |"
