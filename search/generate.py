@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -29,9 +28,8 @@ from profilers.table import LatencyTable
 from profilers.target import Target, local_cpu
 from search.config import ConfigError, RunConfig, default_cache
 from search.in_order import compress_in_order, ordered_bank, stored
-from search.prepared import Prepared
 from search.progress import Progress
-from search.results import Answer, saved_config
+from search.results import Answer, saved_config, saved_prepared
 from search.session import Session
 from search.transform import text_of
 
@@ -178,10 +176,6 @@ def _from_study(session: Session, file: policy_file.PolicyFile) -> dict[str, Edi
         raise ConfigError(f"{session.config.folder}: {error.args[0]}; leave --study out to compress here") from None
 
 
-def _prepared(folder: Path) -> Prepared:
-    return Prepared.from_json(json.loads((folder / "steps" / "prepared.json").read_text())["value"])
-
-
 def export_study(folder: Path, answer: Answer, name: str, out: Path | None, progress: Progress) -> tuple[Path, Any]:
     """Export a study's answer; returns the folder and what loading it back showed. Refuses what the format cannot express."""
     from search.deliver import checkpoint_folder, export_answer, policy_file_of
@@ -191,7 +185,7 @@ def export_study(folder: Path, answer: Answer, name: str, out: Path | None, prog
         raise ConfigError(f"{folder}: no policy met {answer.objective}; there is nothing to export")
     config = replace(saved_config(folder), study=folder.name, results=str(folder.parent))
     session = Session(config, progress)
-    prepared = _prepared(folder)
+    prepared = saved_prepared(folder)
     check_same(session, prepared)
     held = checkpoint.read(checkpoint_folder(folder, answer))
     path = out or folder / "exports" / name / checkpoint_folder(folder, answer).name

@@ -266,7 +266,7 @@ def calibrate(session: Session, decisions: Decisions) -> None:
                     session.bank.put(site.name, decision, edit)
             update(block + 1, len(structure.blocks))
 
-        sweep(session.model, structure, batches, needs, visit, skip=lambda block: block not in todo)
+        sweep(session.model, structure, batches, needs, visit, skip=lambda block: block not in todo, dense=True)
 
 
 def score_choices(session: Session, decisions: Decisions) -> dict[str, Any]:

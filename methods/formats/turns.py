@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from methods.formats.slots import from_slots, shares, to_slots
-from methods.rotate.hadamard import block_transform
+from methods.hadamard import block_transform
 
 Payload = Mapping[str, Tensor]
 

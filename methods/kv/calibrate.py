@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from methods.kmeans import kmeans
 from methods.kv.codebook import Codebook, inner_range
 from methods.kv.codecs import FP8_MAX
 from methods.kv.format import OUTLIERS, CacheFormat, n_outliers
@@ -107,27 +108,12 @@ def _thinned(z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fit_codebook(z: Tensor, weight: Tensor, bits: int, steps: int = 100) -> Codebook:
-    """Weighted k-means in one dimension: z, weight (n,) -> levels (2**bits,) in ascending order.
+    """Weighted k-means: z, weight (n,) -> levels (2**bits,) in ascending order.
 
-    Starts at the quantiles of z, since those of the weights may coincide; deterministic. At 2 bits what codes are read as is moved and
-    stretched so that mean and spread of z survive (KVQuant, section 3.6, Q-Norm).
+    At 2 bits what codes are read as is moved and stretched so that mean and spread of z survive (KVQuant, section 3.6, Q-Norm).
     """
-    count = 2**bits
-    z, order = z.double().sort()
-    weight = weight.double()[order]
-    weight = weight / weight.sum() if bool(weight.sum() > 0) else torch.full_like(weight, 1 / weight.numel())
-    mass = torch.cat((weight.new_zeros(1), weight.cumsum(0)))
-    moment = torch.cat((weight.new_zeros(1), (weight * z).cumsum(0)))
-    levels = z[(torch.arange(count, device=z.device) * 2 + 1) * z.numel() // (2 * count)]
-    for _ in range(steps):
-        edges = torch.searchsorted(z, (levels[1:] + levels[:-1]) / 2)
-        cuts = torch.cat((edges.new_zeros(1), edges, edges.new_full((1,), z.numel())))
-        held, sums = mass[cuts].diff(), moment[cuts].diff()
-        moved = torch.where(held > 0, sums / held.clamp_min(1e-300), levels)
-        if torch.equal(moved, levels):
-            break
-        levels = moved
-    decoded = _normed(levels, z) if bits == 2 else levels
+    levels = kmeans(z[None], weight[None], 2**bits, steps)[0]
+    decoded = _normed(levels, z.double()) if bits == 2 else levels
     return Codebook(levels.float(), decoded.float())
 
 

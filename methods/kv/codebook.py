@@ -10,10 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from methods.kv.codecs import HALF_MAX, Parts
+from methods.hadamard import random_signs
+from methods.kv.codecs import HALF_MAX, Parts, head_hadamard
 from methods.kv.format import n_outliers
 from methods.kv.packing import pack_rows, unpack_rows
-from methods.kv.rotation import hadamard, signs
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,19 @@ class Turbo:
     def encode(self, x: Tensor, start: int) -> Parts:
         x, dim = x.float(), x.shape[-1]
         norm = x.norm(dim=-1, keepdim=True).clamp(max=HALF_MAX).half()
-        z = hadamard(x * signs(dim, x.device)) * (dim**0.5 / norm.float().clamp_min(1e-8))
+        z = head_hadamard(x * _signs(dim, x.device)) * (dim**0.5 / norm.float().clamp_min(1e-8))
         return {"codes": normal_codebook(self.bits).encode(z), "norm": norm}
 
     def decode(self, parts: Parts, start: int) -> Tensor:
         z = normal_codebook(self.bits).decode(parts["codes"])
         dim = z.shape[-1]
         length = parts["norm"].float().mul(dim**-0.5)
-        return hadamard(z) * signs(dim, z.device) * length
+        return head_hadamard(z) * _signs(dim, z.device) * length
+
+
+def _signs(dim: int, device: torch.device) -> Tensor:
+    """(d,) random but fixed, the same for a dimension everywhere."""
+    return random_signs(dim, torch.Generator().manual_seed(dim)).float().to(device)
 
 
 @functools.cache

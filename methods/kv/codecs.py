@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from methods.hadamard import block_transform
 from methods.kv.packing import pack_rows, unpack_rows
 from methods.kv.rotary import Rotary
-from methods.kv.rotation import hadamard
 
 Parts = Mapping[str, Tensor]
 
@@ -113,6 +113,11 @@ class IntegerByChannel:
         return dense.transpose(-1, -2).flatten(2, 3)
 
 
+def head_hadamard(x: Tensor) -> Tensor:
+    """x (..., d) -> (..., d) fp32, its own inverse: blocks as long as the largest power of two that divides d."""
+    return block_transform(x.float(), x.shape[-1] & -x.shape[-1])
+
+
 @dataclass(frozen=True)
 class Rotated:
     """Another codec on rotated heads; a query would meet the same rotation, so it is undone on reading instead."""
@@ -124,10 +129,10 @@ class Rotated:
         return self.inner.unit
 
     def encode(self, x: Tensor, start: int) -> Parts:
-        return self.inner.encode(hadamard(x), start)
+        return self.inner.encode(head_hadamard(x), start)
 
     def decode(self, parts: Parts, start: int) -> Tensor:
-        return hadamard(self.inner.decode(parts, start))
+        return head_hadamard(self.inner.decode(parts, start))
 
 
 @dataclass(frozen=True)

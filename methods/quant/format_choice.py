@@ -1,51 +1,19 @@
-"""Which of several formats suits a layer, judged by what rounding to each of them costs."""
+"""Which of two formats suits a site, judged by what rounding to each of them costs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
-from torch import Tensor
-
 from methods.formats.format import Format, parse_format
-from methods.formats.numerics import decode, linear
-from methods.method import Need, SiteView, Stats
+from methods.method import SiteView, Stats
 from methods.policy import Decision
-from methods.quant.minmax import minmax
-from methods.quant.nearest import nearest
-from methods.quant.task import statistic
+from methods.statistics import format_errors
 
 FLOATS: Mapping[int, str] = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
 """The minifloat that stands against integers of as many bits."""
-
-
-def format_errors(weight: Tensor, formats: Sequence[Format], sample: Tensor | None = None) -> list[float]:
-    """The mean squared error of a layer under each format, rounded to nearest on min-max grids.
-
-    weight: (d_out, d_in); sample: (n_sample, d_in) inputs. Without a sample the error is that of the weights, with one it is that of
-    the outputs, for which the inputs are rounded as the format says.
-    """
-    rounded = [decode(fmt, nearest(weight, fmt, minmax(weight, fmt))) for fmt in formats]
-    if sample is None:
-        pairs = [(dense, weight) for dense in rounded]
-    else:
-        wanted = sample @ weight.T
-        pairs = [(linear(sample, dense, fmt), wanted) for dense, fmt in zip(rounded, formats, strict=True)]
-    return [float((got - wanted).double().square().mean()) for got, wanted in pairs]
-
-
-def choose_format(weight: Tensor, formats: Sequence[Format], sample: Tensor | None = None) -> Format:
-    """The format of least `format_errors`, the first of equal ones: never worse than any of them alone.
-
-    Raises ValueError where formats differ in their weights' bits, for then the widest is best and there is nothing to choose.
-    MoFQ (Zhang 2023): integer or floating point of equal bits, by the error of the weights where inputs stay in 16 bits, by that of the
-    outputs where they do not.
-    """
-    if len({fmt.bits for fmt in formats}) != 1:
-        raise ValueError(f"choose_format: {', '.join(fmt.name for fmt in formats) or 'no format'}; give formats of equal bits")
-    errors = format_errors(weight, formats, sample)
-    return formats[errors.index(min(errors))]
 
 
 def float_twin(fmt: Format) -> Format:
@@ -72,28 +40,13 @@ def decide_mofq(
     the format of a site is priced before its weights are seen. Raises ValueError where there is no twin, a group does not divide the
     width, or no layer met a sampled token. MoFQ (Zhang 2023): `weight` where inputs stay in 16 bits, `output` where they do not.
     """
-    formats = [parse_format(fmt), float_twin(parse_format(fmt))]
-    if metric == "output" and stats is None:
+    names = [fmt, float_twin(parse_format(fmt)).name]
+    if metric == "weight":
+        stats = {name: Stats(0) for name in view.weights}
+    elif stats is None:
         raise ValueError("mofq: metric=output reads the statistic sample; give stats, or use metric=weight")
-    totals, n_values = [0.0, 0.0], 0
-    for name, weight in view.weights.items():
-        sample = statistic(stats[name], name, Need.SAMPLE) if metric == "output" and stats is not None else None
-        n = weight.numel() if sample is None else len(weight) * len(sample)
-        n_values += n
-        # An expert that met no token has no outputs to be wrong.
-        errors = format_errors(weight, formats, sample) if n else [0.0, 0.0]
-        totals = [total + n * error for total, error in zip(totals, errors, strict=True)]
-    if not n_values:
+    found = format_errors(view, stats, names)
+    errors = [found[name].weight if metric == "weight" else found[name].rounded for name in names]
+    if any(math.isnan(error) for error in errors):
         raise ValueError(f"mofq: no layer of {view.site.name} met a sampled token; use metric=weight")
-    return Decision.of("rtn", format=formats[totals[1] < totals[0]].name)
-
-
-def input_rule(largest: float, quiet: float = 15.0, loud: float = 150.0) -> Literal["static", "equalised", "token"]:
-    """How the inputs of a site are to be rounded, from the largest magnitude of them all.
-
-    Up to `quiet` with one static scale; between the two also with one, behind `log_equalize`; from `loud` on with one scale a token.
-    FPTQ (Li 2023).
-    """
-    if largest <= quiet:
-        return "static"
-    return "equalised" if largest < loud else "token"
+    return Decision.of("rtn", format=names[errors[1] < errors[0]])

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from methods.kmeans import lloyd
 from methods.quant.grid import Grid
-from methods.quant.kmeans import lloyd
 from methods.quant.lut import even_levels, lut_grid
 from methods.quant.outliers import at_most, largest
 from methods.quant.task import Task

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from methods.formats.format import Format
 from methods.formats.turns import turned, turned_inputs
+from methods.hadamard import random_orthogonal
 from methods.method import Need, SiteView, Stats
 from methods.quant.grid import Grid, fit_in_chunks, grouped, range_grid
 from methods.quant.task import Change, Knobs, Task, statistic
 from methods.recipes.rotation import block_of, factors
-from methods.rotate.hadamard import random_orthogonal
 
 RANGE = 2.4
 """QuIP's grid reaches this many root mean squares."""

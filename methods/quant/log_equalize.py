@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 
@@ -13,3 +15,14 @@ def log_equalize(abs_max: Tensor) -> Tensor:
     """
     scale = abs_max / (2 + abs_max).log2()
     return scale.where(abs_max > 0, scale.new_ones(()))
+
+
+def input_rule(largest: float, quiet: float = 15.0, loud: float = 150.0) -> Literal["static", "equalised", "token"]:
+    """How the inputs of a site are to be rounded, from the largest magnitude of them all.
+
+    Up to `quiet` with one static scale; between the two also with one, behind `log_equalize`; from `loud` on with one scale a token.
+    FPTQ (Li 2023).
+    """
+    if largest <= quiet:
+        return "static"
+    return "equalised" if largest < loud else "token"

@@ -10,8 +10,7 @@ from methods.formats.format import Format
 from methods.method import Need, SiteView, Stats
 from methods.quant.awq import awq
 from methods.quant.fold import fold, gain
-from methods.quant.format_choice import input_rule
-from methods.quant.log_equalize import log_equalize
+from methods.quant.log_equalize import input_rule, log_equalize
 from methods.quant.outlier_plus import outlier_plus
 from methods.quant.pre_shift import pre_shift
 from methods.quant.shift import move

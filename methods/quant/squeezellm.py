@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from methods.formats.format import Format
+from methods.kmeans import kmeans
 from methods.method import Need
 from methods.quant.grid import Grid, grouped
-from methods.quant.kmeans import kmeans
 from methods.quant.lut import even_levels, lut_grid
 from methods.quant.outliers import at_most, largest
 from methods.quant.task import Task

@@ -12,7 +12,7 @@ from methods.formats.format import Format
 from methods.formats.numerics import linear
 from methods.method import Need
 from methods.quant.clusters import like_ranges, range_of_label, sorted_ranges
-from methods.quant.format_choice import input_rule
+from methods.quant.log_equalize import input_rule
 from methods.quant.site_error import few
 from methods.quant.task import Task
 

@@ -79,7 +79,9 @@ class KnobSpec:
         """What is allowed, in words."""
         words = [str(option).lower() if isinstance(option, bool) else str(option) for option in self.options]
         if self.low is not None and self.high is not None:
-            words.append(f"{'a whole number' if self.kind is int else 'a number'} from {self.low:g} to {self.high:g}")
+            whole = self.kind is int
+            low, high = (int(self.low), int(self.high)) if whole else (self.low, self.high)
+            words.append(f"{'a whole number' if whole else 'a number'} from {low:.10g} to {high:.10g}")
         return " or ".join(words)
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from methods.hadamard import random_hadamard
 from methods.model.structure import Structure
 from methods.model.weights import bias_of, norm_view
-from methods.rotate.hadamard import random_hadamard
 from methods.rotate.wiring import HeadPair, Wiring
 
 

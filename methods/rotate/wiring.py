@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from methods.hadamard import random_orthogonal
 from methods.model.structure import LayerSpec, Structure
 from methods.model.trace import Trace, probe_tokens, trace
 from methods.model.weights import is_norm_like, is_transposed, norm_view
-from methods.rotate.hadamard import random_orthogonal
 
 
 class RotationRefused(ValueError):

@@ -183,7 +183,8 @@ class Benchmark:
 
     def judge(self, rows: Sequence[Row], record: Callable[[dict[str, Any]], None]) -> None:
         """Whole-model quality of every row, from the bank."""
-        evaluator = Evaluator(Switch(self.loaded.model, self.structure, self.bank.get), self.evaluate)
+        switch = Switch(self.loaded.model, self.structure, self.bank.get)
+        evaluator = Evaluator(switch, self.evaluate)
         for index, row in enumerate(rows):
             began = time.monotonic()
             at = {site.name: decision for site in self.structure.sites if (decision := row.at(site)) is not None}
@@ -215,6 +216,7 @@ class Benchmark:
             )
             told = f"KL {quality.kl:.4f}" if quality else "errors alone"
             say(f"{index + 1} of {len(rows)}: {row.method} {row.format}, {told}, {time.monotonic() - began:.0f} s")
+        switch.dense()  # the next sweep starts from it
 
     def _by_kind(self, errors: Mapping[str, float]) -> dict[str, float]:
         """The geometric mean over the measured blocks, by kind of site."""

@@ -12,10 +12,9 @@ from torch import Tensor
 from methods.formats.packing import pack
 from methods.kv.calibrate import fit_codebook
 from methods.kv.codebook import ChannelCodebook, Codebook, TokenCodebook, Turbo, normal_codebook
-from methods.kv.codecs import BeforeRotary, Cast, Codec, Float8, Integer, IntegerByChannel, Rotated, Smoothed
+from methods.kv.codecs import BeforeRotary, Cast, Codec, Float8, Integer, IntegerByChannel, Rotated, Smoothed, head_hadamard
 from methods.kv.packing import pack_rows, unpack_rows
 from methods.kv.rotary import Rotary
-from methods.kv.rotation import hadamard
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -108,8 +107,8 @@ def test_hadamard_is_its_own_inverse_and_the_matrix_it_says() -> None:
     matrix = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(8)] for i in range(8)]) / math.sqrt(8)
     x = random(2, 3, 5, 24)
     expected = (x.view(2, 3, 5, 3, 8) @ matrix).flatten(-2)
-    assert torch.allclose(hadamard(x), expected, atol=1e-6)
-    assert torch.allclose(hadamard(hadamard(x)), x, atol=1e-6)
+    assert torch.allclose(head_hadamard(x), expected, atol=1e-6)
+    assert torch.allclose(head_hadamard(head_hadamard(x)), x, atol=1e-6)
 
 
 def angles(positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from methods.model.describe import describe
 from methods.model.structure import LayerSpec, Site
 from methods.policy import Decision, Knob
 from methods.quant.clusters import like_ranges, range_of_label, sorted_ranges
-from methods.quant.format_choice import choose_format, format_errors, input_rule
+from methods.quant.log_equalize import input_rule
 from methods.quant.minmax import minmax
 from methods.quant.nearest import nearest
 from methods.quant.pow2 import pow2_each, pow2_ratio
@@ -30,7 +30,6 @@ from methods.quant.static_range import (
     static_parts,
 )
 from methods.quant.task import Task
-from methods.recipes.presets import PRESETS, decide, largest_group
 from tests.tiny import tiny_model, tiny_tokens
 
 D_IN = 144
@@ -116,29 +115,6 @@ def test_pow2_of_powers_of_two_changes_nothing() -> None:
     weight = torch.ones(5, 3).mul(torch.tensor([8.0, 2.0, 0.25])).repeat_interleave(48, 1) * -1
     assert torch.equal(pow2_each(weight, fmt).scale, minmax(weight, fmt).scale)
     assert torch.equal(pow2_ratio(weight, fmt).scale, minmax(weight, fmt).scale)
-
-
-def test_chosen_format_is_the_best_and_depends_on_the_layer() -> None:
-    symmetric, offset = parse_format("w4a8-g48"), parse_format("w4a8-g48-asym")
-    lopsided, even = random(11, D_IN).abs(), random(11, D_IN).clamp(-1, 1)
-    assert choose_format(lopsided, [symmetric, offset]) == offset
-    flat = torch.linspace(-8, 7, 48).round().repeat(11, 3)
-    assert choose_format(flat, [symmetric, offset]) == symmetric
-    x = random(60, D_IN, seed=1)
-    for weight in (lopsided, even):
-        for sample in (None, x):
-            errors = format_errors(weight, [symmetric, offset], sample)
-            chosen = [symmetric, offset].index(choose_format(weight, [symmetric, offset], sample))
-            assert errors[chosen] == min(errors)
-    rounded = decode(symmetric, nearest(even, symmetric, minmax(even, symmetric)))
-    expected = (quantize_activation(x, symmetric) @ rounded.T - x @ even.T).square().mean()
-    assert format_errors(even, [symmetric], x)[0] == pytest.approx(float(expected), rel=1e-4)
-
-
-def test_a_choice_needs_formats_of_equal_bits() -> None:
-    for formats in ([], [parse_format("w4a16-g48"), parse_format("w8a16")]):
-        with pytest.raises(ValueError, match="give formats of equal bits"):
-            choose_format(random(5, D_IN), formats)
 
 
 def test_input_rule_by_its_bounds() -> None:
@@ -297,23 +273,6 @@ def test_static_scales_reach_the_model_and_leave_with_the_edit() -> None:
         assert torch.equal(model(tokens).logits, before)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "opt", "mixtral"])
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_stand_at_every_site(name: str, arch: str) -> None:
-    preset = PRESETS[name]
-    for site in describe(tiny_model(arch)).sites:
-        decision = decide(preset, site)
-        assert refuses(site, decision) is None
-        assert decision.method == (preset.method if site.norm or preset.method == preset.elsewhere else preset.elsewhere)
-        group = parse_format(str(decision.knob("format"))).group
-        assert group == (-1 if preset.group == -1 else max(g for g in range(16, preset.group + 1, 16) if site.d_in % g == 0))
-
-
-def test_the_largest_group_that_fits() -> None:
-    assert [largest_group(d_in, 128) for d_in in (576, 1536, 4096, 144, 120)] == [96, 128, 128, 48, -1]
-    assert largest_group(576, -1) == -1 and largest_group(576, 256) == 192
-
-
 @pytest.mark.parametrize("growth", [0.05, 0.3, 1.0])
 def test_disassembly_keeps_to_its_budget_and_uses_it(growth: float) -> None:
     abs_max = loud_inputs().abs().amax(0)
@@ -345,9 +304,3 @@ def test_disassembly_is_what_the_wider_layer_computes() -> None:
 def test_nothing_is_split_where_inputs_are_always_zero() -> None:
     split, theta = copies(torch.zeros(D_IN), 0.5)
     assert theta == 0 and (split == 1).all()
-
-
-def test_integers_or_floats_of_equal_bits_by_the_shape_of_the_weights() -> None:
-    formats = [parse_format("w4a16"), parse_format("e2m1a16")]
-    flat, heavy = torch.rand(9, D_IN, generator=torch.Generator().manual_seed(0)) - 0.5, random(9, D_IN) ** 3
-    assert choose_format(flat, formats) == formats[0] and choose_format(heavy, formats) == formats[1]

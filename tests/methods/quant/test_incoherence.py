@@ -13,13 +13,13 @@ from methods.catalogue import METHODS, apply, plan, refuses
 from methods.formats.format import parse_format
 from methods.formats.numerics import payload_bits, quantize_activation
 from methods.formats.turns import inputs_back, is_turned, turned, turned_back, turned_inputs
+from methods.hadamard import hadamard
 from methods.method import Edit, SiteView, Stats
 from methods.model.structure import LayerSpec, Site
 from methods.policy import Decision
 from methods.quant.incoherence import Rotation, by_rms, kronecker_turn, rescaling
 from methods.quant.task import Task
 from methods.recipes.rotation import factors
-from methods.rotate.hadamard import hadamard
 
 D_OUT, D_IN = 30, 96
 SITE = Site("down", "down", 0, (LayerSpec("down", "down", 0, D_IN, D_OUT),))

@@ -13,6 +13,7 @@ from methods.catalogue import apply, plan
 from methods.formats.format import parse_format
 from methods.formats.numerics import Compressed, decode, linear, payload_bits, quantize_activation
 from methods.formats.sides import pairs
+from methods.kmeans import kmeans, lloyd
 from methods.method import SiteView, Stats
 from methods.model.structure import LayerSpec, Site
 from methods.policy import Decision
@@ -20,7 +21,6 @@ from methods.quant.columns import loud_columns
 from methods.quant.feedback import column_rounder, feedback
 from methods.quant.gobo import gobo, unlikely
 from methods.quant.grid import Grid, grouped, range_grid, safe_scale
-from methods.quant.kmeans import kmeans, lloyd
 from methods.quant.minmax import minmax
 from methods.quant.mse import mse
 from methods.quant.nearest import nearest

@@ -16,7 +16,7 @@ from methods.model.describe import describe
 from methods.model.structure import LayerSpec, Site
 from methods.policy import Decision, Policy
 from methods.policy_file import PolicyFile, parse, render
-from methods.quant.format_choice import decide_mofq, float_twin, format_errors
+from methods.quant.format_choice import decide_mofq, float_twin
 from methods.quant.minmax import minmax
 from methods.quant.nearest import nearest
 from methods.quant.split_merge import copies, distances, reassembled, similar_pairs
@@ -226,7 +226,11 @@ def test_the_decision_has_the_least_error_over_the_site(fmt: str, metric: str) -
         sample = stats["up"].sample if metric == "output" else None
         sums = torch.zeros(2, dtype=torch.float64)
         for weight in weights.values():
-            sums += len(weight) * torch.tensor(format_errors(weight, formats, sample), dtype=torch.float64)
+            rounded = [decode(own, nearest(weight, own, minmax(weight, own))) for own in formats]
+            pairs = zip(formats, rounded, strict=True)
+            values = rounded if sample is None else [linear(sample, dense, own) for own, dense in pairs]
+            wanted = weight if sample is None else sample @ weight.T
+            sums += torch.stack([(value - wanted).double().square().sum() for value in values])
         assert decision == Decision.of("rtn", format=names[int(sums.argmin())])
         assert plan(SITE, decision).cost == plan(SITE, Decision.of("rtn", format=fmt)).cost
         chosen.add(decision)

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from methods.formats.format import parse_format
+from methods.hadamard import random_orthogonal
 from methods.model.describe import describe
 from methods.policy import Decision
 from methods.rotate.cayley import CayleySGD, cayley
-from methods.rotate.hadamard import random_orthogonal
 from methods.rotate.model import rotations_of, transform_model
 from methods.rotate.rotation import Rotations, fused
 from methods.rotate.spinquant import _RoundedModel

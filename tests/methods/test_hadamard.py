@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from methods.rotate.hadamard import (
+from methods.hadamard import (
     block_transform,
     hadamard,
     hadamard_factors,
