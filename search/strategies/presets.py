@@ -1,11 +1,11 @@
-"""The simple policies that people use: one format everywhere, wider at both ends, wider for one kind of layer.
+"""The simple policies that people use: one format everywhere, the better of two equally wide ones, wider ends, one kind wider.
 
 They are what a search has to beat at the same latency.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ from methods.formats.format import parse_format
 from methods.policy import Decision, Policy
 from search.strategies.problem import TOLERANCE, Problem
 
-Family = Literal["uniform", "ends", "kind"]
+Family = Literal["uniform", "format", "ends", "kind"]
 
 _Width = tuple[float, float, float, bool]
 
@@ -41,6 +41,28 @@ def _uniform(problem: Problem, decision: Decision) -> Preset:
     return _preset(problem, f"uniform {decision.label}", "uniform", lambda _: decision)
 
 
+def better_format(problem: Problem, decisions: Iterable[Decision]) -> list[Preset]:
+    """Of decisions that are equally wide and of one method, such as integers and minifloats of 4 bits, each site's of least loss.
+
+    The format argmin of MoFQ (Zhang 2023), with the additive score for the error of the weights.
+    """
+    alike: dict[tuple[object, ...], list[Decision]] = {}
+    for decision in decisions:
+        alike.setdefault((decision.method, _width(decision)), []).append(decision)
+    return [_best_of(problem, several) for several in alike.values() if len(several) > 1]
+
+
+def _best_of(problem: Problem, decisions: list[Decision]) -> Preset:
+    losses = {
+        site: {d: float(loss) for d, loss in zip(choices, own, strict=True) if d in decisions}
+        for site, choices, own in zip(problem.sites, problem.choices, problem.loss, strict=True)
+    }
+    name = f"at each site the better of {', '.join(d.label for d in decisions)}"
+    return _preset(
+        problem, name, "format", lambda site: min(losses[site], key=losses[site].__getitem__) if losses[site] else decisions[0]
+    )
+
+
 def ends(problem: Problem, block: Mapping[str, int], narrow: Decision, wide: Decision, n: int) -> Preset:
     """`wide` in the first `n` and the last `n` blocks, `narrow` between; block: by site, counted from 0."""
     last = max(block[site] for site in problem.sites)
@@ -64,12 +86,13 @@ def within_budget(
     budget_ms: float,
     decisions: set[Decision] | None = None,
 ) -> list[Preset]:
-    """All simple policies of the three families that meet the budget, least additive loss first, no policy twice.
+    """All simple policies of the four families that meet the budget, least additive loss first, no policy twice.
 
     `ends` keeps as many blocks wide as the budget allows. decisions: only these, where given; all that some site has otherwise.
     """
     used = [d for d in _decisions(problem) if decisions is None or d in decisions]
     found = [_uniform(problem, decision) for decision in used]
+    found += better_format(problem, used)
     half = (max(block[site] for site in problem.sites) + 1) // 2
     for narrow in used:
         for wide in (d for d in used if _width(d) > _width(narrow)):

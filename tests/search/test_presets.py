@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from methods.policy import DENSE, Decision
-from search.strategies.presets import by_kind, ends, uniform, within_budget
+from search.strategies.presets import better_format, by_kind, ends, uniform, within_budget
 from search.strategies.problem import Problem
 
 W2 = Decision.of("rtn", format="w2a16-g64")
@@ -46,6 +46,22 @@ def test_a_site_without_the_format_takes_the_nearest_wider_one() -> None:
     assert other.policy.at("1.o") == (W4_RTN,)
     assert "1 of 10 sites take gptq:format=w4a16-g32" in preset.notes
     assert "1 of 10 sites take rtn:format=w2a16-g64" in preset.notes
+
+
+def test_the_better_of_two_equally_wide_formats_at_each_site() -> None:
+    floats = Decision.of("gptq", format="e2m1a16-g64")
+    choices = ((DENSE, W4, floats), (floats, W4), (DENSE, W8), (W4, W8))
+    loss = tuple(np.array(own) for own in ([0.0, 3.0, 2.0], [5.0, 4.0], [0.0, 0.1], [1.0, 0.1]))
+    cost = tuple(np.ones(len(own)) for own in choices)
+    p = Problem(("a", "b", "c", "d"), choices, loss, cost, cost)
+    (preset,) = better_format(p, [DENSE, W4, W8, floats])
+    assert [preset.policy.at(site) for site in "abcd"] == [(floats,), (W4,), (W8,), (W4,)]
+    assert preset.family == "format" and "1 of 4 sites take gptq:format=w8a8-token" in preset.notes
+    assert preset.name == "at each site the better of gptq:format=w4a16-g64, gptq:format=e2m1a16-g64"
+    assert better_format(small(), [DENSE, W2, W4, W4_FINE, W4_RTN, W8]) == []  # another method is no other format
+    assert preset.policy.key() in {
+        other.policy.key() for other in within_budget(p, dict.fromkeys("abcd", 0), dict.fromkeys("abcd", "o"), 4.0)
+    }
 
 
 def test_ends_and_kinds() -> None:
