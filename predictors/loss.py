@@ -49,7 +49,7 @@ class PredictorReport:
     spearman: rank correlation of predicted and true KL; spearman_score: the same of the raw additive score, the bar to beat;
     spearman_in_bands: mean within bands of +-3 % kernel time that hold 4 policies or more, weighted by their number, None where there
     is none; mae_log: mean absolute error of log KL (0.1 is about ten per cent); coverage: share of true values inside the
-    intervals, which promise `promised`; kinds: which predictor each fold chose.
+    intervals, which promise `promised`; kinds: which predictor each fold chose; pairs: (predicted, lower, upper, true) KL of each record.
     """
 
     n: int
@@ -61,6 +61,7 @@ class PredictorReport:
     coverage: float
     promised: float
     kinds: tuple[Kind, ...]
+    pairs: tuple[tuple[float, float, float, float], ...] = ()
 
 
 class LossModel:
@@ -136,7 +137,7 @@ def evaluate_unseen(
     if len(set(keys)) < 6:
         raise ValueError(f"predictor: {len(set(keys))} different policies; evaluate at least 6 before its error can be told")
     folds = _folds(keys, n_folds, seed)
-    mean, inside = np.zeros(len(ordered)), np.zeros(len(ordered), dtype=bool)
+    found = np.zeros((len(ordered), 3))
     kinds: list[Kind] = []
     for fold in np.unique(folds):
         test = np.flatnonzero(folds == fold)
@@ -144,10 +145,9 @@ def evaluate_unseen(
         kinds.append(model.kind)
         intervals = model.predict([ordered[i].policy for i in test], coverage)
         for i, interval in zip(test, intervals, strict=True):
-            mean[i] = np.log(interval.mean)
-            inside[i] = interval.lo <= ordered[i].kl <= interval.hi
-    policies = [record.policy for record in ordered]
-    y = np.log([record.kl for record in ordered])
+            found[i] = interval.mean, interval.lo, interval.hi
+    policies, kl = [record.policy for record in ordered], np.array([record.kl for record in ordered])
+    mean, y = np.log(found[:, 0]), np.log(kl)
     in_bands, n_in_bands = _spearman_in_bands(features.latency_ms(policies), mean, y)
     return PredictorReport(
         n=len(set(keys)),
@@ -156,9 +156,10 @@ def evaluate_unseen(
         spearman_in_bands=in_bands,
         n_in_bands=n_in_bands,
         mae_log=float(np.mean(np.abs(mean - y))),
-        coverage=float(inside.mean()),
+        coverage=float(((found[:, 1] <= kl) & (kl <= found[:, 2])).mean()),
         promised=coverage,
         kinds=tuple(kinds),
+        pairs=tuple((float(m), float(lo), float(hi), float(true)) for (m, lo, hi), true in zip(found, kl, strict=True)),
     )
 
 

@@ -117,6 +117,10 @@ class Prepared:
     def _options(self) -> dict[tuple[str, str], Option]:
         return {(site.name, option.label): option for site in self.sites for option in site.options}
 
+    def covers(self, policy: Policy) -> bool:
+        """Whether every decision of the policy is an option here, as none need be of a policy from an earlier, larger space."""
+        return all((site.name, policy.at(site.name)[0].label) in self._options for site in self.sites)
+
     def sum_ms(self, policy: Policy) -> float:
         """Sum of the sites' kernel latencies, as they count in a whole model."""
         return sum(self.option(site.name, policy.at(site.name)[0]).model_ms for site in self.sites)

@@ -18,6 +18,8 @@ from search.frontier import Candidate, Fidelity, frontier, write_csv
 from search.prepared import Prepared
 from search.report import content
 from search.report.content import DataUse, Entry, Guard, LatencyFit, ReportData
+from search.report.honesty import Pair
+from search.report.limits import BUYS, limits, shares, slopes
 from search.report.page import write_page
 from search.report.picture import write_picture
 from search.report.table import candidate_table
@@ -168,8 +170,8 @@ def candidate(finalist: Finalist) -> Candidate:
     )
 
 
-def predicted_curve(prepared: Prepared, n: int = 16) -> list[Candidate]:
-    """The solver's predicted frontier over the whole range of latencies."""
+def predicted_curve(prepared: Prepared, pace: float = 1.0, n: int = 16) -> list[Candidate]:
+    """The solver's predicted frontier over the whole range of latencies; pace: by what latencies are multiplied."""
     problem = prepared.problem
     low, high = problem.fastest_ms, sum(float(t[0]) for t in problem.latency_ms)
     found = {}
@@ -178,21 +180,42 @@ def predicted_curve(prepared: Prepared, n: int = 16) -> list[Candidate]:
         ms = prepared.map.predict(solution.latency_ms)
         found[solution.policy.key()] = Candidate(
             policy=solution.policy,
-            name=f"solver at {ms.mean:.3g} ms",
+            name=f"solver at {ms.mean * pace:.3g} ms",
             fidelity=Fidelity.PREDICTED,
             kl=max(solution.loss, 0.0),
             kl_stderr=0.0,
-            latency_ms=ms.mean,
-            latency_lo=ms.lo,
-            latency_hi=ms.hi,
+            latency_ms=ms.mean * pace,
+            latency_lo=ms.lo * pace,
+            latency_hi=ms.hi * pace,
             size_bytes=prepared.size_bytes(solution.policy),
         )
-    return frontier(list(found.values()))
+    curve = sorted(frontier(list(found.values())), key=lambda c: c.latency_ms)
+    return [replace(c, scores={BUYS: slope}) for c, slope in zip(curve, slopes(curve), strict=True)]
+
+
+def latency_pairs(folder: Path, answer: Answer, prepared: Prepared) -> tuple[Pair, ...]:
+    """Predicted and measured latency of the finalists of all answers, of the dense model's in the same run; none of them was fitted.
+
+    Policies of which the map was fitted are left out.
+    """
+    fitted, dense = {run.policy_key for run in prepared.map.runs}, prepared.dense_ms[0]
+    found = {}
+    for source in [answer, *answers(folder).values()]:
+        for item in source.finalists:
+            if item.policy.sites and item.policy.key() not in fitted and prepared.covers(item.policy):
+                bound = prepared.map.predict(prepared.sum_ms(item.policy))
+                pair = Pair(bound.mean / dense, bound.lo / dense, bound.hi / dense, measured=item.ratio)
+                found[source.objective, item.policy.key()] = pair
+    return tuple(found.values())
 
 
 def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunConfig) -> ReportData:
-    """The report of one answer in the light of the whole study."""
+    """The report of one answer in the light of the whole study.
+
+    Machines drift: what was predicted is told at the pace of the run that the answer's latencies come from, by the dense model's.
+    """
     entries = measured_entries(folder, answer)
+    pace = answer.finalists[0].latency_ms / prepared.dense_ms[0]
     map_ = prepared.map
     generated = any(use["generated"] for use in prepared.data.values())
     return ReportData(
@@ -202,7 +225,7 @@ def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunCon
         objective=content.Objective(answer.objective, answer.limit_ms, config.load.unit, config.load.name),
         verdict="met" if answer.verdict == "met" else "not met",
         measured=tuple(entries),
-        predicted=tuple(predicted_curve(prepared)),
+        predicted=tuple(predicted_curve(prepared, pace)),
         sites=tuple((site.name, site.kind, site.block) for site in prepared.sites),
         dense_format=prepared.sites[0].options[0].format,
         guard=guard(answer),
@@ -213,15 +236,16 @@ def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunCon
             map_.loo_error.max,
             map_.coverage,
         ),
-        predictor=None
-        if answer.predictor is None
-        else PredictorReport(**{**answer.predictor, "kinds": tuple(answer.predictor["kinds"])}),
-        shadow_price=answer.shadow_price,
+        predictor=None if answer.predictor is None else PredictorReport(**{**answer.predictor, **_tuples(answer.predictor)}),
+        shadow_price=answer.shadow_price / pace,
         data=tuple(
             DataUse(role, use["source"], use["sequences"] * use["length"], use["sha256"])  # type: ignore[arg-type]
             for role, use in prepared.data.items()
         ),
         cost=tuple((name, _amount(name, value)) for name, value in answer.cost.items()),
+        limits=() if answer.best is None else limits(prepared, answer.best.policy),
+        shares=() if answer.best is None else shares(prepared, answer.best.policy, pace),
+        latency_pairs=latency_pairs(folder, answer, prepared),
         provenance=(
             ("model digest", str(prepared.model["digest"])),
             ("dense reference", prepared.dense_name),
@@ -231,6 +255,10 @@ def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunCon
         perplexity_note="the text was written by the model itself" if generated else "",
         notes=(*map(str, prepared.model["notes"]), *prepared.notes, *answer.notes),
     )
+
+
+def _tuples(predictor: Mapping[str, Any]) -> dict[str, Any]:
+    return {"kinds": tuple(predictor["kinds"]), "pairs": tuple(map(tuple, predictor.get("pairs", ())))}
 
 
 def guard(answer: Answer) -> Guard | None:

@@ -10,6 +10,8 @@ from methods.policy import DENSE, Policy
 from predictors.intervals import Interval
 from predictors.loss import PredictorReport
 from search.frontier import Candidate, Fidelity
+from search.report.honesty import Pair
+from search.report.limits import Limit, Share
 
 Group = Literal["dense", "chosen", "baseline", "search"]
 Verdict = Literal["met", "not met", "unvalidated"]
@@ -89,7 +91,8 @@ class ReportData:
     predicted: the solver's curve, all PREDICTED; sites: (name, kind, block) in the order of computation; dense_format: of what is not
     decided; perplexity_note: why no perplexity is reported, "" where it is (as the score
     `perplexity` of the entries); shadow_price: nats per token for one more ms; cost, provenance: (what, how much) in words;
-    notes: what a reader must know before believing a number (contended machine, stored table, fallbacks).
+    notes: what a reader must know before believing a number (contended machine, stored table, fallbacks); limits, shares: where the
+    answer's predicted loss and latency sit; latency_pairs: of the finalists, relative to the dense model.
     """
 
     study: str
@@ -110,6 +113,9 @@ class ReportData:
     provenance: tuple[tuple[str, str], ...]
     perplexity_note: str = ""
     notes: tuple[str, ...] = ()
+    limits: tuple[Limit, ...] = ()
+    shares: tuple[Share, ...] = ()
+    latency_pairs: tuple[Pair, ...] = ()
 
     def __post_init__(self) -> None:
         groups = [entry.group for entry in self.measured]
@@ -135,6 +141,11 @@ class ReportData:
     def map_of(self, policy: Policy) -> LayerMap:
         """What a policy decides where."""
         return layer_map(policy, self.sites, self.dense_format)
+
+    @property
+    def loss_pairs(self) -> tuple[Pair, ...]:
+        """Predicted and true KL of policies that the predictor had not seen."""
+        return () if self.predictor is None else tuple(Pair(*pair) for pair in self.predictor.pairs)
 
     @property
     def dense(self) -> Candidate:

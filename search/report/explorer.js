@@ -37,8 +37,8 @@
   function draw(chosen, other) {
     const [w, h, m] = [760, 320, 62];
     const [x0, x1] = extent(study.policies.map((p) => p.ms), 0.05), [y0, y1] = extent(study.policies.map((p) => spread(p.kl)), 0.06);
-    const x = (ms) => m + ((ms - x0) / (x1 - x0)) * (w - m - 8), y = (kl) => h - m + 8 - ((spread(kl) - y0) / (y1 - y0)) * (h - m - 8);
-    const parts = [`<rect x="${m}" y="0" width="${w - m - 8}" height="${h - m + 8}" fill="none" stroke="#e2e5ea"/>`];
+    const x = (ms) => m + ((ms - x0) / (x1 - x0)) * (w - m - 24), y = (kl) => h - m + 8 - ((spread(kl) - y0) / (y1 - y0)) * (h - m - 8);
+    const parts = [`<rect x="${m}" y="0" width="${w - m - 24}" height="${h - m + 8}" fill="none" stroke="#e2e5ea"/>`];
     const limit = x(Number(latency.value));
     parts.push(`<line x1="${limit}" x2="${limit}" y1="0" y2="${h - m + 8}" stroke="#cc79a7" stroke-dasharray="6 4"/>`);
     const steps = 6;
@@ -97,11 +97,18 @@
     map(p, q);
   }
 
+  // The solver's curve below and above a latency, and what a millisecond more buys between the two.
+  function price(ms) {
+    const curve = study.policies.filter((p) => p.buys !== null && p.buys > 0).sort((a, b) => a.ms - b.ms);
+    const at = curve.filter((p) => p.ms <= ms).pop();
+    return at ? ` Here 1 ms more would buy about ${fixed(at.buys, 2)} nats per token (predicted).` : "";
+  }
+
   function slide() {
     get("latency-now").textContent = `${fixed(Number(latency.value), 4)} ms`;
     get("size-now").textContent = `${fixed(mib(Number(size.value)), 4)} MiB`;
     const found = best();
-    get("best").textContent = `Best measured within both: ${words(found)}`;
+    get("best").textContent = `Best measured within both: ${words(found)}.${price(Number(latency.value))}`;
     if (found) { first.value = String(study.policies.indexOf(found)); show(); } else draw(null, null);
   }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from search.frontier import Candidate, Fidelity
 from search.report.content import LayerMap, ReportData
+from search.report.limits import BUYS
 
 Look = Callable[[str], tuple[str, str, str]]
 """A format's name -> background, ink, and the number of bits in words."""
@@ -77,6 +78,7 @@ def _policy(candidate: Candidate, group: str, label: str) -> dict[str, Any]:
         "stderr": candidate.kl_stderr if measured else None,
         "perplexity": candidate.scores.get("perplexity"),
         "size": candidate.size_bytes,
+        "buys": candidate.scores.get(BUYS),
     }
 
 

@@ -11,6 +11,7 @@ from methods.atomic import write_text
 from methods.formats.format import parse_format
 from search.report.content import LayerMap, ReportData, answer, guard_words
 from search.report.explorer import Look, explorer
+from search.report.honesty import draw_pairs
 from search.report.picture import draw
 from search.report.table import Table, candidate_table, predicted_table
 
@@ -25,7 +26,8 @@ p { margin: 6px 0; } .soft { color: var(--soft); font-size: 13.5px; }
 .answer { margin: 20px 0; padding: 14px 18px; border-left: 5px solid; background: var(--wash); }
 .answer.met { border-color: #009e73; } .answer.not-met { border-color: #d55e00; } .answer.unvalidated { border-color: #e69f00; }
 .answer b.verdict { font-size: 17px; }
-.scroll { overflow-x: auto; } img { max-width: 100%; height: auto; }
+.scroll { overflow-x: auto; margin: 6px 0 14px; } td:first-child { min-width: 9em; } .map td:first-child { min-width: 0; }
+ img { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 12px 5px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; color: var(--soft); } td.n, th.n { text-align: right; white-space: nowrap; }
@@ -62,6 +64,7 @@ def page(data: ReportData) -> str:
         _section("Measured", _measured(data)),
         _section("Against the simple policies", f"<p>{escape(guard_words(data.guard))}</p>") if data.guard else "",
         _section("What was decided where", _map(data.layer_map, _look(data))),
+        _section("What limits it", _limits(data)) if data.limits else "",
         _section("Study the trade-off", explorer(data, _look(data))),
         _section("Predicted, not measured", _predicted(data)) if data.predicted else "",
         _section("How far the models can be trusted", _errors(data)),
@@ -160,7 +163,41 @@ def _errors(data: ReportData) -> str:
             f"({report.n_in_bands} policies); the raw score alone {_correlation(report.spearman_score)}; mean error of log KL "
             f"{report.mae_log:.2f}; {report.coverage:.0%} of true values inside intervals that promise {report.promised:.0%}."
         )
-    return "".join(f"<p>{escape(line)}</p>" for line in lines)
+    text = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    if not (data.latency_pairs or data.loss_pairs):
+        return text
+    png = base64.b64encode(draw_pairs(data.latency_pairs, data.loss_pairs)).decode()
+    width = 420 * (bool(data.latency_pairs) + bool(data.loss_pairs))
+    return f'{text}<img width="{width}" alt="Predicted against measured latency and loss" src="data:image/png;base64,{png}">'
+
+
+def _limits(data: ReportData) -> str:
+    """Where the answer's loss and time sit, all predicted."""
+    total = sum(share.ms for share in data.shares)
+    time = [(share.what, f"{share.ms:.2f} ms", f"{share.ms / total:.0%}") for share in data.shares]
+    sites = [
+        (
+            f"{limit.kind}, block {limit.block}",
+            limit.format,
+            f"{limit.loss:.2g}",
+            f"{limit.ms * 1e3:.0f} µs",
+            f"{limit.wider}: {limit.saved:.2g} nats for {limit.more_ms * 1e3:.0f} µs" if limit.wider else "nothing wider helps",
+        )
+        for limit in data.limits
+    ]
+    text = "Predicted, by sensitivity scores, kernel times and the latency map: `search explain` measures it, one choice at a time."
+    return (
+        f'<div class="predicted"><p class="soft">{escape(text)}</p>'
+        + _plain_table(("a token's time", "predicted", "share"), time)
+        + _plain_table(("the costliest layers", "format", "nats per token", "time", "what a wider format would buy"), sites)
+        + "</div>"
+    )
+
+
+def _plain_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
+    body = "".join("<tr>" + _cells("td", row, [""] * len(row)) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _correlation(value: float | None) -> str:

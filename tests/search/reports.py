@@ -7,6 +7,8 @@ from predictors.intervals import Interval
 from predictors.loss import PredictorReport
 from search.frontier import Candidate, Fidelity
 from search.report.content import DataUse, Entry, Guard, LatencyFit, Objective, ReportData
+from search.report.honesty import Pair
+from search.report.limits import Limit, Share
 
 EVIL = '<script>alert("x")</script>&'
 W4 = Decision.of("gptq", format="w4a8-g64")
@@ -52,11 +54,19 @@ def data(**other: Any) -> ReportData:
         "dense_format": "bf16",
         "guard": Guard(True, "uniform w4", Interval(-0.2, -0.3, -0.1), 12),
         "latency_fit": LatencyFit("T = 1.2 + 1.1 · kernels", 12, 0.01, 0.025, 0.9),
-        "predictor": PredictorReport(40, 0.97, 0.95, None, 0, 0.08, 0.925, 0.9, ("lightgbm", "affine")),
+        "predictor": PredictorReport(
+            40, 0.97, 0.95, None, 0, 0.08, 0.925, 0.9, ("lightgbm", "affine"), ((0.1, 0.05, 0.2, 0.3),)
+        ),
         "shadow_price": 0.021,
         "data": (DataUse("report", f"text {EVIL}", 4096, "abcd"),),
         "cost": (("policies", "40"),),
         "provenance": (("device", EVIL),),
         "notes": (f"contended {EVIL}",),
+        "limits": (
+            Limit(f"down {EVIL}", 1, "w4a8-g64", 0.05, 0.04, "w8a8-token", 0.045, 0.02),
+            Limit("q+k+v", 0, "w8a8-token", 0.01, 0.03),
+        ),
+        "shares": (Share("down", 1.5), Share("all else", 4.5)),
+        "latency_pairs": (Pair(0.55, 0.5, 0.6, 0.57), Pair(0.7, 0.68, 0.72, 0.6)),
     }
     return ReportData(**{**fields, **other})
