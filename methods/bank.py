@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +28,7 @@ class Bank:
     """Edits on disk, one safetensors file a (site, decision), codes packed; what `get` returns equals what was `put` bit for bit.
 
     A bank belongs to one model and one calibration: give each its own folder. Writes are atomic, so that several processes may share it.
+    A file's time of change is when it was last written or read: whoever has to make room begins with the oldest.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,23 +40,12 @@ class Bank:
 
     def get(self, site: str, decision: Decision) -> Edit:
         """The edit; raises KeyError where there is none, and ValueError where the file is damaged or is another one's."""
-        from safetensors import SafetensorError, safe_open
-
         path = self.path(site, decision)
         if not path.exists():
             raise KeyError(f"the bank {self._folder} holds no {decision.label} of {site}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it and compute it again") from error
-        spec = metadata.get("edit", "")
-        if metadata.get("version") != _VERSION or metadata.get("sha256") != _digest(spec, tensors):
-            raise ValueError(
-                f"{path} is damaged or of another version: its checksum does not fit; delete it and compute it again"
-            )
-        described = json.loads(spec)
+        described, tensors = read_edit(path)
+        with contextlib.suppress(OSError):  # a bank that may only be read serves as well
+            os.utime(path)
         if (described["site"], described["decision"]) != (site, decision.label):
             raise ValueError(f"{path} holds {described['decision']} of {described['site']}; delete it and compute it again")
         linears = {name: _unpacked(name, layer, tensors) for name, layer in described["linears"].items()}
@@ -70,7 +62,7 @@ class Bank:
             for part, tensor in compressed.payload.items():
                 tensors[f"linear/{name}/{part}"] = packed(compressed.format, part, tensor)
         spec = json.dumps({"site": site, "decision": decision.label, "linears": linears})
-        metadata = {"version": _VERSION, "edit": spec, "sha256": _digest(spec, tensors)}
+        metadata = {"version": _VERSION, "edit": spec, "sha256": tensors_digest(spec, tensors)}
         write_bytes(self.path(site, decision), save(tensors, metadata))
 
     def size_bytes(self) -> int:
@@ -87,11 +79,28 @@ class Bank:
         return self._folder / _file_name(site) / f"{_file_name(decision.label)}.safetensors"
 
 
+def read_edit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a bank's file says that it holds, and its tensors; raises ValueError where the file is damaged or of another version."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and compute it again") from error
+    spec = metadata.get("edit", "")
+    if metadata.get("version") != _VERSION or metadata.get("sha256") != tensors_digest(spec, tensors):
+        raise ValueError(f"{path} is damaged or of another version: its checksum does not fit; delete it and compute it again")
+    described: dict[str, Any] = json.loads(spec)
+    return described, tensors
+
+
 def _file_name(text: str) -> str:
     return f"{re.sub(r'[^A-Za-z0-9.+=-]', '_', text)[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
-def _digest(spec: str, tensors: Mapping[str, Tensor]) -> str:
+def tensors_digest(spec: str, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of the description and of every tensor's name, dtype, shape and bytes."""
     import torch
 

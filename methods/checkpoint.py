@@ -25,10 +25,11 @@ from methods.formats.stored import packed, unpacked
 from methods.method import Edit
 from methods.model.describe import describe
 from methods.model.experts import unfuse_experts
-from methods.model.load import MARKER, LoadedModel, digest_of
+from methods.model.load import MARKER, LoadedModel
 from methods.model.quiet import quiet
 from methods.model.structure import Structure
 from methods.model.tokenizer import read_tokenizer, write_tokenizer
+from methods.model.weights import digest_of
 from methods.policy import Policy
 from methods.policy_file import PolicyFile
 from methods.policy_text import Plain, plain

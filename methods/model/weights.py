@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from methods.formats.numerics import DTYPES
 from methods.method import NormView
 
 
@@ -85,3 +88,12 @@ def norm_view(model: nn.Module, name: str) -> NormView:
             f"{name}: {type(module).__name__} is not normalise(x) * (weight + offset) + bias, so no scale folds into it"
         )
     return NormView(name, weight, bias, float(offset))
+
+
+def digest_of(model: torch.nn.Module, dtype: str) -> str:
+    """16 hex digits of the SHA-256 over the sorted parameters: names and values in the storage dtype."""
+    sha = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        sha.update(name.encode())
+        sha.update(parameter.detach().to(DTYPES[dtype]).contiguous().view(torch.uint8).numpy().data)
+    return sha.hexdigest()[:16]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from methods.formats import scales
 from methods.formats.activations import ocp_scale
-from methods.formats.elements import OWN_LEVELS, largest
+from methods.formats.elements import OWN_LEVELS, largest, lowest
 from methods.formats.format import Format
 from methods.formats.numerics import SCALE_DTYPE, own_levels
 
@@ -83,9 +83,9 @@ def range_grid(low: Tensor, high: Tensor, fmt: Format) -> Grid:
 
     Asymmetric: the lowest code is `low` as stored, the highest is `high`.
     Symmetric integers: the value of larger magnitude takes the code -2**(b-1), which the grid has on one side only, and the scale carries
-    its sign: steps of max|w| / 2**(b-1) instead of max|w| / (2**(b-1) - 1). Eight bits, and codecs without a sign, use both sides alike
-    and a positive scale. Other elements: their largest level is the larger magnitude, but for powers of two, which are OCP's: 2**(floor(
-    log2 max|w|) - the element's largest exponent), above which a little is cut off.
+    its sign: steps of max|w| / 2**(b-1) instead of max|w| / (2**(b-1) - 1); likewise uneven integers (`nl`). Eight bits, and codecs
+    without a sign, use both sides alike and a positive scale. Other elements: their largest level is the larger magnitude, but for powers
+    of two, which are OCP's: 2**(floor(log2 max|w|) - the element's largest exponent), above which a little is cut off.
     Raises ValueError for elements whose levels are fitted, which span nothing.
     """
     if fmt.element in OWN_LEVELS:
@@ -98,9 +98,9 @@ def range_grid(low: Tensor, high: Tensor, fmt: Format) -> Grid:
     top, reach = torch.maximum(high, -low), largest(fmt.element, fmt.bits)
     if fmt.codec == "e8m0":
         return stored(fmt, d_out, ocp_scale(top, reach))
-    if fmt.element != "int" or fmt.bits == 8 or not fmt.scales.signed:
+    if not fmt.lopsided:
         return stored(fmt, d_out, top / reach)
-    return stored(fmt, d_out, torch.where(high > -low, high, low) / -(fmt.levels // 2))
+    return stored(fmt, d_out, torch.where(high > -low, high, low) / lowest(fmt.element, fmt.bits))
 
 
 def safe_scale(scale: Tensor) -> Tensor:

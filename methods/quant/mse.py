@@ -65,7 +65,7 @@ def _candidates(groups: Tensor, full: Grid, fmt: Format) -> Iterator[Ideal]:
     if fmt.symmetric:
         for part in _parts(fmt):
             yield scale * part, None
-        if fmt.element == "int" and fmt.bits < 8 and fmt.scales.signed:
+        if fmt.lopsided:
             for part in [*FULL, *_parts(fmt)]:
                 yield scale * -part, None
         return

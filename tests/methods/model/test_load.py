@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from methods.model.load import CompressedCheckpoint, LoadError, digest_of, load
+from methods.model.load import CompressedCheckpoint, LoadError, load
 from methods.model.trace import logits_of
+from methods.model.weights import digest_of
 from tests.tiny import save_tiny, tiny_model, tiny_tokens
 
 
