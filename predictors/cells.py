@@ -71,6 +71,10 @@ class CellModel:
         """Whether trees stand in it."""
         return self._trees is not None
 
+    def knows(self, kernel: str, fmt: str) -> bool:
+        """Whether it was timed on enough weights to be predicted at others."""
+        return (kernel, fmt) in self._lines
+
     def predict(self, kernel: str, fmt: str, m: int, n: int, k: int, coverage: float = 0.9) -> Interval:
         """ms, with conformal bounds from residuals at shapes that were not fitted.
 

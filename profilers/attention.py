@@ -65,9 +65,16 @@ def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str
 
 
 def install(model: Any, target: Target) -> bool:
-    """Lets a transformers model decode with the kernel; False where its attention is not `sdpa` or the kernel cannot be built."""
+    """Lets a transformers model decode with the kernel; False where its attention is not `sdpa` or the kernel cannot be built.
+
+    On CUDA torch's own attention is one kernel already and stays.
+    """
     config = model.config
-    if getattr(config, "_attn_implementation", None) != "sdpa" or not model._can_set_attn_implementation():
+    if (
+        target.device != "cpu"
+        or getattr(config, "_attn_implementation", None) != "sdpa"
+        or not model._can_set_attn_implementation()
+    ):
         return False
     try:
         library()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from methods.locks import try_lock
+from profilers import clocks
 from profilers.kernels.build import NoCompiler, compiler, kernel_folder, library
 from profilers.sweep import load_average
-from profilers.target import local_cpu, physical_cores
-from profilers.timer import try_lock
+from profilers.target import Target, local_cpu, local_cuda, physical_cores
 
 QUIET_LOAD = 0.5
 _ISA = {3: "AVX512-VNNI and BF16", 2: "AVX512-VNNI", 1: "AVX2", 0: "portable C++"}
@@ -40,6 +43,8 @@ def doctor(cache: Path, threads: int | None = None) -> list[Finding]:
         ),
         *_governor(),
         *_quota(target.threads),
+        *_clock(target),
+        *_cuda(),
         Finding("memory", target.memory_bytes >= 4 << 30, f"{target.memory_bytes / 2**30:.0f} GiB"),
         _writable("cache folder", cache),
         _writable("kernel folder", kernel_folder()),
@@ -55,6 +60,28 @@ def _kernels() -> Iterator[Finding]:
             yield Finding("kernels", True, f"compiled for {_ISA[int(library().isolatency_isa())]}")
         except NoCompiler as error:
             yield Finding("kernels", False, str(error))
+
+
+def _clock(target: Target) -> Iterator[Finding]:
+    mhz = clocks.read(target).mhz
+    if not math.isnan(mhz):  # some virtual machines do not tell
+        yield Finding("clock", True, f"{mhz:.0f} MHz now; recorded with every sweep")
+
+
+def _cuda() -> Iterator[Finding]:
+    gpu = local_cuda()
+    if gpu is None:
+        yield Finding(
+            "cuda", True, "torch finds no CUDA device; names of GPUs stand for tables or datasheets (`search targets`)"
+        )
+        return
+    now = clocks.read(gpu)
+    held = "; its clock is held back by heat or power, timings would be of that" if now.held_back else ""
+    yield Finding("cuda", not now.held_back, f"{gpu.description}{held}")
+    triton = importlib.util.find_spec("triton") is not None
+    yield Finding(
+        "triton", triton, "installed" if triton else "none; install it, or the project's own GPU kernels cannot be measured"
+    )
 
 
 def _governor() -> Iterator[Finding]:

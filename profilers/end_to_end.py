@@ -67,6 +67,12 @@ class Measurement:
         """Upper end of the median's 95 % interval."""
         return self.timing.hi_ms
 
+    def tail(self, q: float) -> tuple[float, float, float]:
+        """A quantile of the wall time of all samples with its 95 % interval, ms: who waits for a step waits for its interruptions."""
+        walls = sorted(sample.wall for sample in self.samples.all)
+        low, high = median_interval(walls, q)
+        return 1e3 * quantile(walls, q), 1e3 * low, 1e3 * high
+
     def ratio_to(self, reference: Measurement) -> Ratio:
         """This model's time over another's of the same run, paired by round, so that what slowed both cancels.
 

@@ -203,12 +203,14 @@ class Runtime:
             if name.rpartition(".")[0] in bare:
                 memo[id(parameter)] = nn.Parameter(torch.empty(0), requires_grad=False)
             elif name in replaced:
-                memo[id(parameter)] = nn.Parameter(replaced[name].to(self.target.dtype), requires_grad=False)
+                memo[id(parameter)] = nn.Parameter(
+                    replaced[name].to(self.target.device, self.target.dtype), requires_grad=False
+                )
             else:
                 if name not in self._shared:
-                    self._shared[name] = parameter.detach().to(self.target.dtype)
+                    self._shared[name] = parameter.detach().to(self.target.device, self.target.dtype)
                 memo[id(parameter)] = nn.Parameter(self._shared[name], requires_grad=False)
-        return copy.deepcopy(self.model, memo)
+        return copy.deepcopy(self.model, memo).to(self.target.device)  # buffers; what is there already stays as it is
 
 
 def materialize(
@@ -226,5 +228,6 @@ def materialize(
 def dense_candidates(
     model: nn.Module, structure: Structure, target: Target, table: LatencyTable | None = None, workload: Workload | None = None
 ) -> dict[str, nn.Module]:
-    """The uncompressed models that compete for 1.0x, by name: on the best dense kernels, and the model as it is (eager fp32)."""
-    return {f"dense {structure.dtype}": materialize(model, structure, {}, target, table, workload), "eager fp32": model}
+    """The uncompressed models that compete for 1.0x, by name: on the best dense kernels and, on a CPU, the model as it is (eager fp32)."""
+    dense = {f"dense {structure.dtype}": materialize(model, structure, {}, target, table, workload)}
+    return {**dense, "eager fp32": model} if target.device == "cpu" else dense

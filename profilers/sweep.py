@@ -1,10 +1,11 @@
-"""Measures the cells of a latency table that are missing."""
+"""Measures the cells of a latency table that are missing; `python -m profilers.sweep` measures a device's whole table."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +18,12 @@ from torch import Tensor
 
 from methods.formats.format import Format, parse_format
 from methods.formats.numerics import DTYPES
+from methods.quant.minmax import minmax
+from methods.quant.nearest import nearest
+from profilers import cuda_timer
 from profilers.kernels import gate
-from profilers.kernels.catalogue import KERNELS
+from profilers.kernels.catalogue import kernels
+from profilers.kernels.device import failures
 from profilers.kernels.kernel import LinearKernel, Payload, Prepared
 from profilers.table import KernelKey, LatencyTable, Row
 from profilers.target import Target
@@ -56,15 +61,17 @@ def measure(
     """
     if not target.present:
         raise ValueError(f"target {target.name} is not here; its table can be read but not extended")
-    todo = table.missing(keys)
-    shapes = [list(group) for _, group in itertools.groupby(sorted(todo, key=_shape), key=_shape)]
-    if not shapes:
+    keys = table.missing(keys)
+    if not keys:
         return []
     folder = lock_folder or (table.path.parent if table.path else Path())
     start = time.monotonic()
     done = 0
     with exclusive(folder, notify), torch_threads(target.threads), torch.inference_mode():
-        for shape_keys in shapes:
+        table.refresh()  # another run may have measured the same while this one waited
+        todo = table.missing(keys)
+        for _, group in itertools.groupby(sorted(todo, key=_shape), key=_shape):
+            shape_keys = list(group)
             if time.monotonic() - start > budget_s:
                 break
             table.add(_measure_shape(target, shape_keys, table, clock))
@@ -86,9 +93,12 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 def random_payload(fmt: Format, n: int, k: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random codes with scales of the size that real weights have."""
+    """Random codes with scales of the size that real weights have; other than integer grids, random weights rounded to the format."""
     if fmt.dense:
         return {"weight": (torch.randn(n, k, generator=generator) / math.sqrt(k)).to(DTYPES[fmt.dense])}
+    if not fmt.integer:
+        weight = torch.randn(n, k, generator=generator) / math.sqrt(k)
+        return dict(nearest(weight, fmt, minmax(weight, fmt)))
     codes = torch.randint(fmt.code_range[0], fmt.levels, (n, k), generator=generator, dtype=torch.uint8)
     spread = 2 / (fmt.levels * math.sqrt(k))
     scale = ((0.5 + torch.rand(n, fmt.groups(k), generator=generator)) * spread).bfloat16()
@@ -105,13 +115,13 @@ def _shape(key: KernelKey) -> tuple[int, int, int]:
 def _measure_shape(target: Target, keys: Sequence[KernelKey], table: LatencyTable, clock: Clock | None) -> list[Row]:
     m, n, k = _shape(keys[0])
     generator = torch.Generator().manual_seed(m * 31 + n * 7 + k)
-    x = torch.randn(m, k, generator=generator).to(target.dtype)
+    x = torch.randn(m, k, generator=generator).to(target.device, target.dtype)
     rows: list[Row] = []
     ready: list[_Candidate] = []
     for key in keys:
         fmt = parse_format(key.format)
         able = []
-        for kernel in KERNELS:
+        for kernel in kernels(target):
             if not table.lacks(kernel.name, kernel.source_hash, key):
                 continue
             reason = kernel.supports(fmt, n, k, m, target)
@@ -136,8 +146,8 @@ def _gated(
         try:
             like = kernel.prepare(fmt, payload, target, m=key.m, like=like)
             problem = gate.check(like, fmt, payload, x)
-        except RuntimeError as error:  # torch's operators say so where a build lacks them
-            problem = str(error).splitlines()[0]
+        except failures() as error:  # torch's operators say so where a build lacks them
+            problem = str(error).strip().splitlines()[0]
         if problem is None and like is not None:
             ready.append(_Candidate(kernel, key, like))
         else:
@@ -148,6 +158,8 @@ def _gated(
 def _timed(target: Target, x: Tensor, ready: Sequence[_Candidate], clock: Clock | None) -> list[Row]:
     if not ready:
         return []
+    if target.device == "cuda":
+        return _timed_on_cuda(target, x, ready, cuda_timer.CudaDevice(target))
     cold = x.shape[0] <= COLD_ROWS
     copies = _copies(target, sum(c.prepared.size_bytes() for c in ready)) if cold else 2
     calls = {
@@ -162,6 +174,19 @@ def _timed(target: Target, x: Tensor, ready: Sequence[_Candidate], clock: Clock 
         clock=clock,
     )
     return [_measured(c, samples[str(index)], cold) for index, c in enumerate(ready)]
+
+
+def _timed_on_cuda(target: Target, x: Tensor, ready: Sequence[_Candidate], device: cuda_timer.Device) -> list[Row]:
+    """Graphs over cold copies for few rows, events for many; one shape's copies of one kernel at a time would not interleave."""
+    few = x.shape[0] <= COLD_ROWS
+    counts = [cuda_timer.copies(target, c.prepared.size_bytes()) if few else 2 for c in ready]
+    calls = {
+        str(index): [partial(c.prepared, x), *(partial(c.prepared.clone(), x) for _ in range(count - 1))]
+        for index, (c, count) in enumerate(zip(ready, counts, strict=True))
+    }
+    samples = (cuda_timer.decode if few else cuda_timer.prefill)(calls, device)
+    cold = [cuda_timer.is_cold(target, c.prepared.size_bytes(), count) for c, count in zip(ready, counts, strict=True)]
+    return [_measured(c, samples[str(index)], cold[index]) for index, c in enumerate(ready)]
 
 
 def _copies(target: Target, total_bytes: int) -> int:
@@ -191,3 +216,9 @@ def _measured(candidate: _Candidate, samples: Samples, cold: bool) -> Row:
 def load_average() -> float:
     """Processes that ran or wanted to, averaged over the last minute; 0 where the system does not tell."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+if __name__ == "__main__":
+    from profilers.campaign import main
+
+    sys.exit(main())

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, BinaryIO, Literal, Self
 
-from profilers.kernels.catalogue import KERNELS
+from methods.atomic import write_text
+from profilers.kernels.catalogue import CUDA_KERNELS, KERNELS
 from profilers.target import Target
 from profilers.timer import Timing
 
-SCHEMA = 1
+SCHEMA = 2
+"""1 had no device kind, no provenance, no checks and no checksums; it is still read."""
+
+KIND = "isolatency latency table"
 
 
 class TableError(ValueError):
@@ -57,17 +64,43 @@ class Row:
     cold: bool = True
 
 
+@dataclass(frozen=True)
+class Check:
+    """Something that was timed twice: the same cell in another pass (`repeat`), or the reference cell in the course of a sweep (`drift`).
+
+    first_ms, again_ms: the medians (of `drift`, first is the sweep's first); size_bytes: of the weight; clock_mhz: of the device
+    then, nan where it does not tell.
+    """
+
+    kind: Literal["repeat", "drift"]
+    kernel: str
+    key: KernelKey
+    first_ms: float
+    again_ms: float
+    size_bytes: int
+    load: float
+    clock_mhz: float = math.nan
+
+    @property
+    def ratio(self) -> float:
+        """The larger median over the smaller."""
+        return max(self.first_ms, self.again_ms) / min(self.first_ms, self.again_ms)
+
+
 @dataclass
 class LatencyTable:
     """Rows by (kernel, key), the latest one counts; on disk one JSON a line after a header line.
 
-    fingerprint: of the target that was measured; path: None keeps the table in memory.
+    fingerprint: of the target that was measured; path: None keeps the table in memory; header: what the file says of the device and
+    of how it was measured (empty in a table that was never on disk).
     """
 
     fingerprint: str
     description: str
     path: Path | None = None
     rows: dict[tuple[str, KernelKey], Row] = field(default_factory=dict)
+    checks: list[Check] = field(default_factory=list)
+    header: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path, target: Target) -> Self:
@@ -77,7 +110,7 @@ class LatencyTable:
         """
         path = target.table or folder / f"{target.fingerprint}.jsonl"
         if path.exists():
-            table = cls.load(path)
+            table = cls.read(path)
             if table.fingerprint != target.fingerprint:
                 raise TableError(
                     f"{path}: measured on another machine ({table.description}), not on {target.description}; remove the file"
@@ -85,34 +118,67 @@ class LatencyTable:
             return table
         if not target.present:
             raise TableError(f"{path}: no stored table for {target.name}; measure there and copy it to this path")
-        folder.mkdir(parents=True, exist_ok=True)
-        _append(path, [_header(target)])
-        return cls(target.fingerprint, target.description, path)
+        header = header_of(target)
+        write_text(path, json.dumps(header, sort_keys=True) + "\n")
+        return cls(target.fingerprint, target.description, path, header=header)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """A table from a file of either kind: one JSON a line, or Parquet, which is read only."""
+        if path.suffix == ".parquet":
+            from profilers import stored
+
+            header, records = stored.read(path)
+            table = cls(header["fingerprint"], header["description"], header=header)
+            for number, record in enumerate(records, 1):
+                table._take(path, number, record)
+            return table
+        return cls.load(path)
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """A table from its file. A last line that was cut short is dropped: it was being written when the run ended."""
+        """A table from its lines. A last line that was cut short is left out: it was being written when the run ended."""
         try:
             lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise TableError(f"{path}: cannot be read as a latency table ({error}); remove it to measure again") from error
         header = _parse(path, 1, lines[0])
-        _check_header(path, header)
-        table = cls(header["fingerprint"], header["description"], path)
-        torn = lines[-1]
+        check_header(path, header)
+        table = cls(header["fingerprint"], header["description"], path, header=header)
         for number, line in enumerate(lines[1:-1], 2):
-            table._keep(_row(path, number, line))
-        if torn:
-            _rewrite(path, lines[:-1])
+            table._take(path, number, _parse(path, number, line))
         return table
 
+    def refresh(self) -> None:
+        """Takes over the rows that other runs have measured since; a table in memory has no others."""
+        if self.path is not None:
+            self.rows.update(self.load(self.path).rows)
+
     def add(self, rows: Iterable[Row]) -> None:
-        """Keeps rows and writes them through to the disk."""
+        """Keeps rows and writes them through to the disk; the caller holds the lock of the table's folder where others may add too."""
         rows = list(rows)
         for row in rows:
             self._keep(row)
         if self.path is not None:
             _append(self.path, [asdict(row) for row in rows])
+
+    def add_checks(self, checks: Iterable[Check]) -> None:
+        """Keeps checks and writes them through to the disk."""
+        checks = list(checks)
+        self.checks += checks
+        if self.path is not None:
+            _append(self.path, [{"check": asdict(check)} for check in checks])
+
+    def describe(self, provenance: Mapping[str, Any]) -> None:
+        """Keeps how the table came about, and writes it through to the disk; what is told last counts."""
+        self.header = {**self.header, "provenance": {**self.header.get("provenance", {}), **provenance}}
+        if self.path is not None:
+            _append(self.path, [{"provenance": provenance}])
+
+    def records(self) -> list[dict[str, Any]]:
+        """Every row and check as plain values, in an order that depends on nothing but them."""
+        rows = [asdict(row) for _, row in sorted(self.rows.items(), key=lambda item: (item[0][1], item[0][0]))]
+        return [*rows, *({"check": asdict(check)} for check in self.checks)]
 
     def has(self, key: KernelKey) -> bool:
         """Whether any kernel ran at a key."""
@@ -120,9 +186,8 @@ class LatencyTable:
 
     def missing(self, keys: Iterable[KernelKey]) -> list[KernelKey]:
         """The keys at which a kernel of this program has no row, or one of other code."""
-        return [
-            key for key in dict.fromkeys(keys) if any(self.lacks(kernel.name, kernel.source_hash, key) for kernel in KERNELS)
-        ]
+        known = CUDA_KERNELS if self.header.get("device") == "cuda" else KERNELS
+        return [key for key in dict.fromkeys(keys) if any(self.lacks(kernel.name, kernel.source_hash, key) for kernel in known)]
 
     def lacks(self, kernel: str, source_hash: str, key: KernelKey) -> bool:
         """Whether a kernel has no row at a key, or one of other code."""
@@ -157,27 +222,47 @@ class LatencyTable:
     def _keep(self, row: Row) -> None:
         self.rows[row.kernel, row.key] = row
 
+    def _take(self, path: Path, number: int, record: dict[str, Any]) -> None:
+        try:
+            if "provenance" in record:
+                self.header = {**self.header, "provenance": {**self.header.get("provenance", {}), **record["provenance"]}}
+                return
+            if "check" in record:
+                check = dict(record["check"])
+                self.checks.append(Check(key=KernelKey(**check.pop("key")), **check))
+                return
+            timing = Timing(**record.pop("timing")) if record.get("timing") else None
+            self._keep(Row(key=KernelKey(**record.pop("key")), **{**record, "timing": timing}))
+        except (TypeError, KeyError, ValueError) as error:
+            raise TableError(f"{path}: line {number} is not a row ({error}); remove the file to measure again") from error
 
-def _header(target: Target) -> dict[str, Any]:
+
+def header_of(target: Target) -> dict[str, Any]:
+    """What a table's file says of its device, so that it can be known and used elsewhere."""
     import numpy
     import torch
 
     return {
         "schema": SCHEMA,
-        "kind": "isolatency latency table",
+        "kind": KIND,
         "fingerprint": target.fingerprint,
         "description": target.description,
         "arch": target.arch,
+        "device": target.device,
+        "sheet": target.sheet,
         "compute_dtype": target.compute_dtype,
         "threads": target.threads,
         "memory_bytes": target.memory_bytes,
         "capabilities": sorted(target.capabilities),
+        "cache_bytes": target.cache_bytes,
         "versions": {"torch": torch.__version__, "numpy": numpy.__version__},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _check_header(path: Path, header: Mapping[str, Any]) -> None:
-    if header.get("kind") != "isolatency latency table" or not isinstance(header.get("schema"), int):
+def check_header(path: Path, header: Mapping[str, Any]) -> None:
+    """Raises TableError, in one line, for a header that this program cannot take."""
+    if header.get("kind") != KIND or not isinstance(header.get("schema"), int):
         raise TableError(f"{path}: not a latency table; remove it to measure again")
     if header["schema"] > SCHEMA:
         raise TableError(
@@ -194,29 +279,45 @@ def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
         raise TableError(f"{path}: line {number} is not JSON ({error}); remove the file to measure again") from error
     if not isinstance(data, dict):
         raise TableError(f"{path}: line {number} is not a row; remove the file to measure again")
+    stored = data.pop("sha256", None)
+    if stored not in (None, _digest(data)):  # lines of schema 1 carry none
+        raise TableError(f"{path}: line {number} was changed: its checksum does not fit; remove the file to measure again")
     return data
 
 
-def _row(path: Path, number: int, line: str) -> Row:
-    data = _parse(path, number, line)
-    try:
-        timing = Timing(**data.pop("timing")) if data.get("timing") else None
-        return Row(key=KernelKey(**data.pop("key")), **{**data, "timing": timing})
-    except (TypeError, KeyError) as error:
-        raise TableError(f"{path}: line {number} is not a row ({error}); remove the file to measure again") from error
+def _line(record: Mapping[str, Any]) -> str:
+    """A record as a line that carries its own checksum."""
+    return json.dumps({**record, "sha256": _digest(record)}, sort_keys=True) + "\n"
 
 
-def _append(path: Path, records: list[dict[str, Any]]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(record, sort_keys=True) + "\n" for record in records))
-        file.flush()
-        os.fsync(file.fileno())
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _rewrite(path: Path, lines: list[str]) -> None:
-    """Drops a torn line, so that the next row starts on its own line; a table that may not be written is left as it is."""
-    if not os.access(path, os.W_OK):
-        return
-    new = path.with_suffix(f".{os.getpid()}.tmp")
-    new.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    new.replace(path)
+def _append(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Whole lines or none; what a killed run left of its last line is cut off first. The caller keeps others from appending."""
+    data = "".join(map(_line, records)).encode()
+    with path.open("r+b") as file:
+        end = _end_of_last_line(file)
+        file.truncate(end)
+        file.seek(end)
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(end)
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _end_of_last_line(file: BinaryIO) -> int:
+    """Position after the last newline."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - 65536)
+        file.seek(begin)
+        at = file.read(end - begin).rfind(b"\n")
+        if at >= 0:
+            return begin + at + 1
+        end = begin
+    return 0

@@ -1,4 +1,4 @@
-"""Targets: the machine that is here, and machines that a stored table knows."""
+"""Targets: machines that latencies belong to, and the devices that are here."""
 
 from __future__ import annotations
 
@@ -14,11 +14,8 @@ from typing import Literal
 
 import torch
 
-KNOWN = ("a100", "h100", "h200", "l4", "l40s", "a10g", "rtx3090", "rtx4090", "orin", "gb10")
-"""Machines that a stored table may describe; `cpu` is the machine the program runs on."""
-
-DEVICE_TABLES = Path("results/devices")
-"""Where tables lie that were measured on other machines."""
+from profilers.datasheets import sheet_of
+from profilers.label import Label
 
 _CPU_FLAGS = (
     "avx2", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "i8mm",
@@ -38,8 +35,11 @@ class Target:
     """A machine that latencies belong to.
 
     present: kernels can be timed here and now; compute_dtype: dtype of activations between kernels (`bf16`, `fp32`);
-    capabilities: instruction sets; fingerprint: 16 hex digits of everything a timing depends on but the kernels' sources;
-    cache_bytes: the last-level cache; table: the stored table of a machine that is not here.
+    capabilities: instruction sets of a CPU, of a GPU `sm80`, `sm89` … (all up to its own) and `fp8`; fingerprint: 16 hex digits of
+    everything a timing depends on but the kernels' sources; cache_bytes: the last-level cache; device: the kind of kernels it runs.
+    sheet: its name in `profilers.datasheets.DATASHEETS`, "" where it has none there. Of a machine that is not here: table, where its
+    stored table lies; sister, sister_table: a device of its generation with a table, from which what its own lacks is transferred;
+    label: how trustworthy its latencies are at best.
     """
 
     name: str
@@ -53,6 +53,11 @@ class Target:
     description: str
     cache_bytes: int = 32 << 20
     table: Path | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    sheet: str = ""
+    sister: str = ""
+    sister_table: Path | None = None
+    label: Label = "measured"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,7 +83,6 @@ def local_cpu(threads: int | None = None) -> Target:
         "torch": torch.__version__,
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT) and k not in _NO_MATTER},
     }
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     return Target(
         name="cpu",
         arch=platform.machine(),
@@ -87,58 +91,54 @@ def local_cpu(threads: int | None = None) -> Target:
         threads=n_threads,
         memory_bytes=memory_bytes(),
         capabilities=capabilities,
-        fingerprint=digest,
+        fingerprint=digest_of(facts),
         description=f"{model}, {cores} cores, {n_threads} thread{'s' if n_threads > 1 else ''}, torch {torch.__version__}",
         cache_bytes=max((size for level, size in caches.items() if level != "L1"), default=32 << 20),
     )
 
 
-def resolve(name: str, tables: Path = DEVICE_TABLES, threads: int | None = None) -> Target:
-    """The target of a name: `cpu` is measured here; a known machine needs `tables/NAME.jsonl`, brought from there.
+def local_cuda() -> Target | None:
+    """The CUDA device at hand (torch's current one), or None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    major, minor = properties.major, properties.minor
+    sheet = sheet_of(properties.name)
+    facts = {
+        "device": properties.name,
+        "capability": [major, minor],
+        "processors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "driver": int(getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()),
+    }
+    return Target(
+        name=sheet.name if sheet else "cuda",
+        arch=f"sm{major}{minor}",
+        present=True,
+        compute_dtype="bf16",
+        threads=1,
+        memory_bytes=properties.total_memory,
+        capabilities=cuda_capabilities((major, minor)),
+        fingerprint=digest_of(facts),
+        description=f"{properties.name}, CUDA {torch.version.cuda}, torch {torch.__version__}",
+        cache_bytes=int(getattr(properties, "L2_cache_size", 0)) or int((sheet.l2 if sheet else 40) * 2**20),
+        device="cuda",
+        sheet=sheet.name if sheet else "",
+    )
 
-    Raises TargetError in one line otherwise.
-    """
-    if name == "cpu":
-        return local_cpu(threads)
-    if name not in KNOWN:
-        raise TargetError(f"unknown target {name!r}; known targets: cpu, {', '.join(KNOWN)}")
-    stored = stored_path(name, tables)
-    if not stored.exists():
-        raise TargetError(
-            f"target {name!r} is not this machine and there is no stored table {stored}; measure there with "
-            f"`search profile`, copy the table to that path, or use --target cpu"
-        )
-    return _stored(name, stored)
+
+def cuda_capabilities(capability: tuple[int, int]) -> frozenset[str]:
+    """What kernels may ask of a CUDA device: every `smXY` up to its own, and `fp8` from 8.9."""
+    generations = ((7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+    names = {f"sm{major}{minor}" for major, minor in (*generations, capability) if (major, minor) <= capability}
+    return frozenset(names | ({"fp8"} if capability >= (8, 9) else set()))
 
 
-def targets(tables: Path = DEVICE_TABLES) -> list[Target]:
-    """The local CPU and every known machine with a stored table."""
-    return [local_cpu(), *(_stored(name, stored_path(name, tables)) for name in KNOWN if stored_path(name, tables).exists())]
-
-
-def stored_path(name: str, tables: Path) -> Path:
-    """Where a table that was measured elsewhere lies."""
-    return tables / f"{name}.jsonl"
-
-
-def _stored(name: str, path: Path) -> Target:
-    try:
-        with path.open(encoding="utf-8") as file:
-            header = json.loads(file.readline())
-        return Target(
-            name=name,
-            arch=str(header["arch"]),
-            present=False,
-            compute_dtype=header["compute_dtype"],
-            threads=int(header["threads"]),
-            memory_bytes=int(header["memory_bytes"]),
-            capabilities=frozenset(header["capabilities"]),
-            fingerprint=str(header["fingerprint"]),
-            description=str(header["description"]),
-            table=path,
-        )
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise TargetError(f"{path}: not a latency table ({error!r}); measure it again on {name}") from error
+def digest_of(facts: object) -> str:
+    """A fingerprint: 16 hex digits of the SHA-256 of JSON-serialisable facts."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def physical_cores() -> int:

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from methods.locks import try_lock, unlock
+from profilers.label import Label
+
 if os.name != "nt":  # Windows has no such module; then no sample is known to be interrupted
     import resource
 
@@ -59,14 +62,14 @@ class Timing:
 
     repeats: samples that count; rejected: share of samples that were interrupted; contended: more than half were, and the statistics
     are of the calling thread's CPU time over all samples, an estimate of what a free machine takes; aa: ratio of the medians of even
-    and odd rounds, larger over smaller (1.0 is a quiet machine); label: `measured`, `interpolated`, `transferred` or `modelled`.
+    and odd rounds, larger over smaller (1.0 is a quiet machine); label: see `profilers.label`.
     """
 
     median_ms: float
     p10_ms: float
     p90_ms: float
     repeats: int
-    label: str = "measured"
+    label: Label = "measured"
     lo_ms: float = math.nan
     hi_ms: float = math.nan
     rejected: float = 0.0
@@ -106,7 +109,7 @@ class Samples:
             return [(sample.turn, sample.cpu) for sample in self.all]
         return [(sample.turn, sample.wall) for sample in self.all if not sample.interrupted]
 
-    def timing(self, label: str = "measured") -> Timing:
+    def timing(self, label: Label = "measured") -> Timing:
         """Statistics of the samples that count."""
         if not self.all:
             raise ValueError("timing: no samples were taken")
@@ -154,11 +157,14 @@ def quantile(ordered: Sequence[float], q: float) -> float:
     return ordered[low] + (at - low) * (ordered[high] - ordered[low])
 
 
-def median_interval(ordered: Sequence[float]) -> tuple[float, float]:
-    """95 % confidence interval of the median of an ascending sequence: order statistics, normal approximation of their ranks."""
+def median_interval(ordered: Sequence[float], q: float = 0.5) -> tuple[float, float]:
+    """95 % confidence interval of the median (or another quantile) of an ascending sequence.
+
+    Order statistics, normal approximation of their ranks; where a rank lies outside, the least or greatest value.
+    """
     n = len(ordered)
-    half = 0.98 * math.sqrt(n)
-    low, high = math.floor(n / 2 - half), math.ceil(n / 2 + half)
+    half = 1.96 * math.sqrt(n * q * (1 - q))
+    low, high = math.floor(n * q - half), math.ceil(n * q + half)
     return ordered[max(0, low)], ordered[min(n - 1, high)]
 
 
@@ -220,32 +226,4 @@ def exclusive(folder: Path, waiting: Callable[[str], None] | None = None, poll_s
         try:
             yield
         finally:
-            _unlock(file.fileno())
-
-
-def try_lock(descriptor: int) -> bool:
-    """Takes the exclusive lock of an open file, or says that another process has it."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
-
-
-def _unlock(descriptor: int) -> None:
-    if os.name == "nt":
-        import msvcrt
-
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
+            unlock(file.fileno())

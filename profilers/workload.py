@@ -37,7 +37,7 @@ class Workload:
 
 
 def parse_workload(text: str) -> Workload:
-    """`decode[:batch=B,context=C]` or `prefill[:batch=B,prompt=P]`; raises ValueError with the grammar on anything else."""
+    """`decode[:batch=B,context=C]` or `prefill[:batch=B,prompt=P]` (or `tokens=P`); raises ValueError with the grammar on anything else."""
     match = re.fullmatch(r"(decode|prefill)(?::(.*))?", text)
     allowed = {"decode": ("batch", "context"), "prefill": ("batch", "prompt")}
     grammar = "write decode:batch=1,context=512 or prefill:batch=1,prompt=512"
@@ -47,6 +47,7 @@ def parse_workload(text: str) -> Workload:
     values: dict[str, int] = {}
     for item in filter(None, (match[2] or "").split(",")):
         name, _, number = item.partition("=")
+        name = "prompt" if name == "tokens" and phase == "prefill" else name
         if name not in allowed[phase] or not number.isdigit() or int(number) < 1:
             raise ValueError(f"workload {text!r}: {item!r} is not one of {allowed[phase]} with a whole number; {grammar}")
         values[name] = int(number)

@@ -12,7 +12,8 @@ from methods.formats.format import Format
 from profilers.kernels.kernel import Payload, Prepared, hash_of
 from profilers.target import Target
 
-_INT4_GROUPS = (32, 64, 128, 256)
+INT4_GROUPS = (32, 64, 128, 256)
+"""Groups that torch's int4 kernels have on every device."""
 
 
 class Int8PackLinear:
@@ -30,7 +31,7 @@ class Int8PackLinear:
 
     def dequant(self) -> Tensor:
         """See `Prepared`."""
-        return self.weight.float() * self.scale.float()[:, None]
+        return (self.weight.float() * self.scale.float()[:, None]).cpu()
 
     def size_bytes(self) -> int:
         """See `Prepared`."""
@@ -69,32 +70,35 @@ class Int8Pack:
         like: Prepared | None = None,
     ) -> Int8PackLinear:
         """See `LinearKernel`."""
-        weight = (payload["codes"].to(torch.int16) - 128).to(torch.int8).contiguous()
-        return Int8PackLinear(
-            weight, payload["scale"].reshape(-1).contiguous(), None if bias is None else bias.detach().bfloat16()
-        )
+        weight = (payload["codes"].to(torch.int16) - 128).to(torch.int8).to(target.device).contiguous()
+        scale = payload["scale"].reshape(-1).to(target.device).contiguous()
+        return Int8PackLinear(weight, scale, None if bias is None else bias.detach().bfloat16().to(target.device))
 
 
 class Int4PackLinear:
-    """torch's packed int4 layout with (scale, zero) pairs (k / group, n, 2) bf16; `codes` (n, k) int32 reads back what was packed."""
+    """torch's packed int4 layout, of the CPU or of CUDA, with (scale, zero) pairs (k / group, n, 2) bf16."""
 
     def __init__(self, weight: Tensor, scales: Tensor, group: int, bias: Tensor | None, shape: tuple[int, int]) -> None:
         self.weight, self.scales, self.group, self.bias = weight, scales, group, bias
         self._n, self._k = shape
-        self._run = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+        operators = torch.ops.aten
+        self._run = (operators._weight_int4pack_mm if weight.is_cuda else operators._weight_int4pack_mm_for_cpu).default
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Prepared`."""
-        y: Tensor = self._run(x.reshape(-1, self._k), self.weight, self.group, self.scales).view(*x.shape[:-1], self._n)
+        y: Tensor = self._run(x.reshape(-1, self._k).contiguous(), self.weight, self.group, self.scales).view(
+            *x.shape[:-1], self._n
+        )
         return y if self.bias is None else y + self.bias
 
     def dequant(self) -> Tensor:
         """See `Prepared`. torch has no inverse of its layout: codes come back by multiplying unit rows, exact with unit scales."""
-        unit = torch.tensor([1.0, 8.0], dtype=torch.bfloat16).expand_as(self.scales).contiguous()
-        eye = torch.eye(self._k, dtype=torch.bfloat16)
-        codes = self._run(eye, self.weight, self.group, unit).T.float()
+        device = self.scales.device
+        unit = torch.tensor([1.0, 8.0], dtype=torch.bfloat16, device=device).expand_as(self.scales).contiguous()
+        eye = torch.eye(self._k, dtype=torch.bfloat16, device=device)
+        codes = self._run(eye, self.weight, self.group, unit).T.float().cpu()
         grid = (codes - 8).view(self._n, -1, self.group)
-        scale, zero = (self.scales[..., i].T.float()[..., None] for i in (0, 1))
+        scale, zero = (self.scales[..., i].T.float().cpu()[..., None] for i in (0, 1))
         weight: Tensor = (grid * scale + zero).view(self._n, self._k)
         return weight
 
@@ -123,8 +127,8 @@ class Int4Pack:
 
     def supports(self, fmt: Format, n: int, k: int, m: int, target: Target) -> str | None:
         """See `LinearKernel`."""
-        if not fmt.plain or (fmt.bits, fmt.act_bits, fmt.symmetric) != (4, 16, True) or fmt.group not in _INT4_GROUPS:
-            return f"w4a16 with groups of {_INT4_GROUPS}, symmetric"
+        if not fmt.plain or (fmt.bits, fmt.act_bits, fmt.symmetric) != (4, 16, True) or fmt.group not in INT4_GROUPS:
+            return f"w4a16 with groups of {INT4_GROUPS}, symmetric"
         if n % 16 or k % fmt.group:
             return f"n={n} must be a multiple of 16 and k={k} of the group {fmt.group}"
         return None if target.compute_dtype == "bf16" else "a scalar loop where activations are fp32"

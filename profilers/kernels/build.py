@@ -10,11 +10,12 @@ import platform
 import shutil
 import subprocess
 import sysconfig
-import tempfile
 from pathlib import Path
 from typing import Literal
 
 import torch
+
+from methods.atomic import sha256, staging_folder, write_text
 
 Isa = Literal["native", "avx2", "portable"]
 
@@ -72,18 +73,26 @@ def _built(cxx: str, compile_flags: tuple[str, ...], link_flags: tuple[str, ...]
     )
     suffix = sysconfig.get_config_var("SHLIB_SUFFIX") or ".so"
     path = kernel_folder() / f"{hashlib.sha256(stamp).hexdigest()[:16]}{suffix}"
-    if path.exists():
+    if _whole(path):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder)
+    with staging_folder(path) as made:
         objects = [str(made / f"{source.stem}.o") for source in SOURCES if source.suffix == ".cpp"]
         for source, compiled in zip(SOURCES, objects, strict=False):
             _call(cxx, *flags, "-c", str(source), "-o", compiled)
         undefined = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
         _call(cxx, "-shared", *undefined, *objects, "-o", str(made / "kernels.so"), *link_flags)
+        write_text(_checksum(path), sha256(made / "kernels.so"))
         (made / "kernels.so").replace(path)
     return path
+
+
+def _checksum(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _whole(path: Path) -> bool:
+    """Whether the library is there as it was built: loading a damaged one would end the process. Earlier versions left no checksum."""
+    return path.exists() and (not _checksum(path).exists() or _checksum(path).read_text() == sha256(path))
 
 
 def _call(*command: str) -> None:

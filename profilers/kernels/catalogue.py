@@ -6,9 +6,13 @@ from methods.formats.format import Format
 from profilers.kernels.aten_packed import Int4Pack, Int8Pack
 from profilers.kernels.decoded import Decoded
 from profilers.kernels.dense import Dense
+from profilers.kernels.fp8 import Fp8
 from profilers.kernels.grouped import Grouped
 from profilers.kernels.int8_token import Int8Token
 from profilers.kernels.kernel import LinearKernel
+from profilers.kernels.tinygemm import Tinygemm
+from profilers.kernels.triton_grouped import TritonGrouped
+from profilers.kernels.triton_int8 import TritonInt8
 from profilers.target import Target
 
 KERNELS: tuple[LinearKernel, ...] = (
@@ -20,23 +24,39 @@ KERNELS: tuple[LinearKernel, ...] = (
     Int8Pack(),
     Int4Pack(),
 )
-"""In order of preference where nothing was measured."""
+"""Those of CPUs, in order of preference where nothing was measured."""
+
+CUDA_KERNELS: tuple[LinearKernel, ...] = (
+    Dense(),
+    TritonGrouped("few"),
+    TritonInt8(),
+    TritonGrouped("many"),
+    Fp8(),
+    Tinygemm(),
+    Int8Pack(),
+)
+"""Those of CUDA devices, in the same order."""
+
+
+def kernels(target: Target) -> tuple[LinearKernel, ...]:
+    """The kernels of a target's kind of device."""
+    return CUDA_KERNELS if target.device == "cuda" else KERNELS
 
 
 def kernel(name: str) -> LinearKernel:
     """The kernel of a name; raises KeyError with those there are."""
-    for entry in KERNELS:
-        if entry.name == name:
-            return entry
-    raise KeyError(f"no kernel {name!r}; there are {', '.join(k.name for k in KERNELS)}")
+    known = {entry.name: entry for entry in (*KERNELS, *CUDA_KERNELS)}
+    if name not in known:
+        raise KeyError(f"no kernel {name!r}; there are {', '.join(known)}")
+    return known[name]
 
 
 def supported(fmt: Format, n: int, k: int, m: int, target: Target) -> list[LinearKernel]:
     """The kernels that obey a format at a shape, in order of preference."""
-    return [entry for entry in KERNELS if entry.supports(fmt, n, k, m, target) is None]
+    return [entry for entry in kernels(target) if entry.supports(fmt, n, k, m, target) is None]
 
 
 def refusals(fmt: Format, n: int, k: int, m: int, target: Target) -> dict[str, str]:
     """Why each of the other kernels is not among them."""
-    reasons = {entry.name: entry.supports(fmt, n, k, m, target) for entry in KERNELS}
+    reasons = {entry.name: entry.supports(fmt, n, k, m, target) for entry in kernels(target)}
     return {name: reason for name, reason in reasons.items() if reason is not None}

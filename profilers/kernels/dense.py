@@ -20,13 +20,13 @@ class DenseLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, packed: Tensor | None, m: int) -> None:
         self.weight, self.bias, self._out, self._packed, self._m = weight, bias, out_dtype, packed, m
         self._dtype = weight.dtype
-        self._operator = torch.ops.mkldnn._linear_pointwise.default
+        self._operator = None if packed is None else torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, x: Tensor) -> Tensor:
         """See `Prepared`."""
         if x.dtype is not self._dtype:
             x = x.to(self._dtype)
-        if self._packed is None:
+        if self._operator is None:
             y = functional.linear(x, self.weight, self.bias)
         else:
             y = self._operator(x, self._packed, self.bias, "none", [], "")
@@ -34,7 +34,7 @@ class DenseLinear:
 
     def dequant(self) -> Tensor:
         """See `Prepared`."""
-        return (self.weight if self._packed is None else self._packed.to_dense()).float()
+        return (self.weight if self._packed is None else self._packed.to_dense()).float().cpu()
 
     def size_bytes(self) -> int:
         """See `Prepared`."""
@@ -75,6 +75,8 @@ class Dense:
         """See `LinearKernel`."""
         if not fmt.dense:
             return "dense formats only"
+        if self.prepacked and target.device != "cpu":
+            return f"runs on cpu, not on {target.device}"
         if self.prepacked and not torch._C._has_mkldnn:
             return "this torch was built without oneDNN"
         return None
@@ -91,11 +93,11 @@ class Dense:
     ) -> DenseLinear:
         """See `LinearKernel`."""
         dtype = torch.bfloat16 if fmt.dense == "bf16" and target.compute_dtype == "bf16" else torch.float32
-        weight = payload["weight"].detach().to(dtype).contiguous()
+        weight = payload["weight"].detach().to(target.device, dtype).contiguous()
         packed = _reordered(weight, m) if self.prepacked else None
         # The packed copy is all that a call reads; of the plain one only the shape and dtype are kept.
         kept = weight if packed is None else torch.empty((), dtype=dtype).expand(weight.shape)
-        return DenseLinear(kept, None if bias is None else bias.detach().to(dtype), target.dtype, packed, m)
+        return DenseLinear(kept, None if bias is None else bias.detach().to(target.device, dtype), target.dtype, packed, m)
 
 
 _HASH = hash_of(__file__)

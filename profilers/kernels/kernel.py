@@ -19,11 +19,11 @@ class Prepared(Protocol):
     """A weight in a kernel's own layout, ready to multiply."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x (..., k) in the target's compute dtype -> (..., n) of the same dtype, the format's rounding of x included."""
+        """x (..., k) on the target's device and in its compute dtype -> (..., n) alike, the format's rounding of x included."""
         ...
 
     def dequant(self) -> Tensor:
-        """(n, k) fp32: what the packed weight stands for, read back from the packed form."""
+        """(n, k) fp32 on the CPU: what the packed weight stands for, read back from the packed form."""
         ...
 
     def size_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 from methods.apply import Installer
 from methods.method import Edit
 from methods.model.describe import describe
-from profilers import attention, end_to_end
+from profilers import attention, end_to_end, norms
 from profilers.kernels.kernel import Prepared
 from profilers.kv_cache import new_cache
-from profilers.norms import KernelNorm
+from profilers.norms import KernelNorm, TorchNorm
 from profilers.runtime import Chooser, FusedSite, KernelLinear, Runtime, RuntimeRefusal, dense_candidates, materialize
 from profilers.table import KernelKey, LatencyTable, Row
-from profilers.target import local_cpu
+from profilers.target import local_cpu, local_cuda
 from profilers.timer import Sample, Samples, Timing
 from profilers.workload import Workload
 from tests.edits import edits_of
@@ -295,3 +296,40 @@ def test_ratios_are_paired_by_round() -> None:
     robbed = found([10.0, 20.0, 30.0, 40.0], [True] * 4)
     assert robbed.contended
     assert robbed.ratio_to(theirs).mid == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("arch", ("llama", "gemma"))
+def test_on_a_gpu_norms_are_torchs_operator_and_attention_stays(arch: str) -> None:
+    model, gpu = tiny_model(arch), replace(FP32, device="cuda")
+    result = copy.deepcopy(model)
+    assert norms.install(result, model, {}, gpu) == 7
+    assert sum(isinstance(module, TorchNorm) for module in result.modules()) == 7
+    assert _error(_logits(result, tiny_tokens()), _logits(model, tiny_tokens())) < 1e-5
+    assert not attention.install(result, gpu) and result.config._attn_implementation == "sdpa"
+
+
+def test_torchs_norm_takes_a_gain_narrow_only_where_nothing_is_lost() -> None:
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = torch.linspace(0.5, 2, 32).bfloat16().float()
+    for gain, dtype in ((exact, torch.bfloat16), (exact + 2**-12, torch.float32)):
+        norm = TorchNorm(gain, 1e-5, torch.bfloat16)
+        wide = x.double()
+        expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * gain
+        assert norm.gain.dtype is dtype and norm(x).dtype is torch.bfloat16
+        assert float((norm(x).double() - expected).norm() / expected.norm()) < 4e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", ("w4a16-g32", "w8a8-token"))
+def test_a_model_on_a_gpu_computes_the_references_logits(fmt: str) -> None:
+    target = local_cuda()
+    assert target is not None
+    model = tiny_model("llama")
+    structure, tokens = describe(model), tiny_tokens()
+    edits = _uniform(model, structure, fmt)
+    with Installer(model, structure) as installer:
+        for site, edit in edits.items():
+            installer.install(site, edit)
+        expected = _logits(model, tokens)
+    runtime = Runtime(model, structure, target)
+    assert _error(_logits(runtime.materialize(edits), tokens.cuda()).cpu(), expected) < 1e-1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from profilers import sweep
 from profilers.kernels.catalogue import KERNELS
 from profilers.kernels.dense import Dense, DenseLinear
 from profilers.table import KernelKey, LatencyTable, MissingCell, Row, TableError
-from profilers.target import TargetError, local_cpu, resolve, targets
+from profilers.target import local_cpu
 from profilers.timer import Timing
 
 TARGET = local_cpu(1)
@@ -141,32 +142,6 @@ def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch, tm
     assert not table.has(key)
 
 
-def test_targets(tmp_path: Path) -> None:
-    assert resolve("cpu", tmp_path, threads=1) == TARGET
-    with pytest.raises(TargetError, match="unknown target 'abacus'; known targets: cpu, a100"):
-        resolve("abacus", tmp_path)
-    with pytest.raises(TargetError, match="no stored table"):
-        resolve("a100", tmp_path)
-    with pytest.raises(TargetError, match="threads=0"):
-        local_cpu(0)
-
-
-def test_a_stored_table_makes_an_absent_target(tmp_path: Path) -> None:
-    here = LatencyTable.open(tmp_path, TARGET)
-    here.add([_row("a", 1.0)])
-    assert here.path is not None
-    here.path.rename(tmp_path / "a100.jsonl")
-    there = resolve("a100", tmp_path)
-    assert not there.present and there.fingerprint == TARGET.fingerprint
-    assert [target.name for target in targets(tmp_path)] == ["cpu", "a100"]
-    assert LatencyTable.open(tmp_path / "elsewhere", there).best(KEY)[0] == "a"
-    with pytest.raises(ValueError, match="not here"):
-        sweep.measure(there, [KEY], LatencyTable.open(tmp_path, there))
-    (tmp_path / "h100.jsonl").write_text("{}\n")
-    with pytest.raises(TargetError, match="not a latency table"):
-        resolve("h100", tmp_path)
-
-
 def test_threads_change_the_fingerprint() -> None:
     assert local_cpu(1).fingerprint != local_cpu(2).fingerprint
     assert local_cpu(1) == TARGET
@@ -179,3 +154,60 @@ def test_only_what_changes_timings_changes_the_fingerprint(monkeypatch: pytest.M
     assert local_cpu(1).fingerprint == before
     monkeypatch.setenv("KMP_AFFINITY", "compact")
     assert local_cpu(1).fingerprint != before
+
+
+def test_a_row_that_was_changed_is_refused(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, TARGET)
+    table.add([_row("a", 1.0), _row("b", 2.0)])
+    assert table.path is not None
+    text = table.path.read_text()
+    table.path.write_text(text.replace('"median_ms": 2.0', '"median_ms": 3.0'))
+    with pytest.raises(TableError, match="line 3 was changed: its checksum does not fit"):
+        LatencyTable.open(tmp_path, TARGET)
+    without = [{k: v for k, v in json.loads(line).items() if k != "sha256"} for line in text.splitlines()]
+    table.path.write_text("".join(json.dumps(line) + "\n" for line in without))
+    assert LatencyTable.open(tmp_path, TARGET).rows.keys() == table.rows.keys()  # as earlier versions wrote them
+
+
+def test_a_run_that_adds_after_another_was_killed_cuts_off_its_torn_line(tmp_path: Path) -> None:
+    ours, theirs = (LatencyTable.open(tmp_path, TARGET) for _ in range(2))
+    theirs.add([_row("a", 1.0), _row("b", 2.0)])
+    assert ours.path is not None
+    ours.path.write_text(ours.path.read_text()[:-30])
+    ours.add([_row("c", 3.0)])
+    assert [row.kernel for row in LatencyTable.open(tmp_path, TARGET).rows.values()] == ["a", "c"]
+    theirs.refresh()
+    assert {row.kernel for row in theirs.rows.values()} == {"a", "b", "c"}
+
+
+def test_reading_leaves_the_file_alone_that_another_run_is_writing(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, TARGET)
+    table.add([_row("a", 1.0)])
+    assert table.path is not None
+    torn = table.path.read_text()[:-10]
+    table.path.write_text(torn)
+    assert LatencyTable.open(tmp_path, TARGET).rows == {}
+    assert table.path.read_text() == torn
+
+
+def test_a_full_disk_leaves_the_rows_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = LatencyTable.open(tmp_path, TARGET)
+    table.add([_row("a", 1.0)])
+    assert table.path is not None
+    before = table.path.read_text()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("profilers.table.os.fsync", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        table.add([_row("b", 2.0)])
+    assert raised.value.filename == str(table.path) and table.path.read_text() == before
+
+
+def test_what_another_run_measured_meanwhile_is_not_measured_again(tmp_path: Path) -> None:
+    ours, theirs = (LatencyTable.open(tmp_path, TARGET) for _ in range(2))
+    sweep.measure(TARGET, [KEY], theirs)
+    seen: list[tuple[int, int]] = []
+    assert sweep.measure(TARGET, [KEY], ours, lambda done, of: seen.append((done, of))) == []
+    assert seen == [] and ours.rows.keys() == theirs.rows.keys()

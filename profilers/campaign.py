@@ -1,0 +1,215 @@
+"""A sweep over a device: cells in the order of a plan, some of them twice, and a reference cell in between, within a budget of time."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from profilers import clocks
+from profilers.checks import summary
+from profilers.duration import parse_duration
+from profilers.plan import FORMATS, MODELS, by_shape, cells, log_uniform, read_shapes
+from profilers.resolution import look_up
+from profilers.sweep import measure
+from profilers.table import Check, KernelKey, LatencyTable
+from profilers.target import Target, digest_of, local_cpu
+
+REFERENCE = KernelKey("linear", "bf16", 1, 2048, 2048)
+"""What tells whether the device is still in the state that it was in."""
+
+BLOCK_S = 60.0
+"""Seconds of measuring between two looks at the reference cell."""
+
+REPEATED = 10
+"""One cell of so many is measured again at the end."""
+
+_REPEATS_SHARE = 0.12
+"""Share of the budget that is kept for that."""
+
+_COPIES = 4
+
+Say = Callable[[str], None]
+Count = Callable[[int, int], None]
+
+
+def sweep(
+    target: Target,
+    keys: Sequence[KernelKey],
+    table: LatencyTable,
+    *,
+    budget_s: float = math.inf,
+    progress: Count | None = None,
+    notify: Say | None = None,
+    lock_folder: Path | None = None,
+    now: Callable[[], float] = time.monotonic,
+) -> list[KernelKey]:
+    """Measures the cells that the table misses, in their order, and one in `REPEATED` again; returns those that the budget left.
+
+    Whatever was measured is on disk before the next cell begins. The lock is free between two shapes, so that others get their turn.
+    progress: (cells done, of).
+    """
+    begin = now()
+    todo = [key for key in table.missing(keys) if fits(target, key)]
+    groups = by_shape(todo)
+    looked, done = -math.inf, 0
+    for group in groups:
+        if now() - begin > budget_s * (1 - _REPEATS_SHARE):
+            break
+        if now() - looked > BLOCK_S:
+            table.add_checks(_drift(target, table, notify, lock_folder))
+            looked = now()
+        measure(target, group, table, notify=notify, lock_folder=lock_folder)
+        done += len(group)
+        if progress:
+            progress(done, len(todo))
+    for group in by_shape([key for key in keys if fits(target, key)]):
+        if now() - begin > budget_s:
+            break
+        if _to_repeat(group[0]) and table.has(group[0]) and not _checked(table, group):
+            table.add_checks(_again(target, group, table, notify, lock_folder))
+    if todo:
+        table.add_checks(_drift(target, table, notify, lock_folder))
+    return [key for key in table.missing(keys) if fits(target, key)]
+
+
+def fits(target: Target, key: KernelKey) -> bool:
+    """Whether a cell's weight, dense and a few times, leaves most of the memory to others."""
+    return _COPIES * 4 * key.n * key.k <= target.memory_bytes // 2
+
+
+def _to_repeat(key: KernelKey) -> bool:
+    """The same cells in every run of a sweep."""
+    return int(digest_of([key.m, key.n, key.k]), 16) % REPEATED == 0
+
+
+def _checked(table: LatencyTable, group: Sequence[KernelKey]) -> bool:
+    return any(check.kind == "repeat" and check.key in group for check in table.checks)
+
+
+def _again(
+    target: Target, group: Sequence[KernelKey], table: LatencyTable, notify: Say | None, lock_folder: Path | None
+) -> list[Check]:
+    """Another measurement of cells, against what the table has of them."""
+    fresh = _fresh(target, group, table, notify, lock_folder)
+    mhz = clocks.read(target).mhz
+    found = []
+    for (kernel, key), row in fresh.rows.items():
+        before = table.rows.get((kernel, key))
+        if row.timing is not None and before is not None and before.timing is not None:
+            medians = before.timing.median_ms, row.timing.median_ms
+            found.append(Check("repeat", kernel, key, *medians, row.size_bytes, row.load, mhz))
+    return found
+
+
+def _drift(target: Target, table: LatencyTable, notify: Say | None, lock_folder: Path | None) -> list[Check]:
+    """The reference cell now, against the first time in this table."""
+    fresh = _fresh(target, [REFERENCE], table, notify, lock_folder)
+    kernel, timing = fresh.best(REFERENCE)
+    first = next((check.first_ms for check in table.checks if check.kind == "drift"), timing.median_ms)
+    row = fresh.rows[kernel, REFERENCE]
+    return [Check("drift", kernel, REFERENCE, first, timing.median_ms, row.size_bytes, row.load, clocks.read(target).mhz)]
+
+
+def _fresh(
+    target: Target, group: Sequence[KernelKey], table: LatencyTable, notify: Say | None, lock_folder: Path | None
+) -> LatencyTable:
+    fresh = LatencyTable(table.fingerprint, table.description, header=table.header)
+    folder = lock_folder or (table.path.parent if table.path else Path())
+    measure(target, group, fresh, notify=notify, lock_folder=folder)
+    return fresh
+
+
+def provenance(target: Target, command: Sequence[str]) -> dict[str, object]:
+    """How a table came about, besides what its header says: command, clocks and driver, as far as the device tells."""
+    now = asdict(clocks.read(target))
+    known = {name: value for name, value in now.items() if not (isinstance(value, float) and math.isnan(value))}
+    return {"command": " ".join(command), "clocks": known, "driver": clocks.driver()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m profilers.sweep --out DIR --budget 10m`: a slice of the whole sweep, which goes on where the last one ended.
+
+    Needs torch, numpy and pandas alone. 0 when the sweep is complete, 3 when the budget left cells, 2 for bad input, 130 interrupted.
+    """
+    parsed = _parser().parse_args(arguments)
+    try:
+        return _slice(parsed)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"sweep: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; what was measured is kept, the same command goes on from there\n")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m profilers.sweep", description="Measure this device's latency table.")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the table, FINGERPRINT.jsonl")
+    parser.add_argument("--budget", default="", help="time to measure, 10m; default: until complete")
+    parser.add_argument("--target", default="", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--threads", type=int, default=0, help="threads of a CPU; 0: half of its cores")
+    parser.add_argument("--models", default="", metavar="M,M", help=f"of {', '.join(MODELS)}; default: all that fit")
+    parser.add_argument("--shapes", default="", metavar="FILE", help="shapes instead of models, outputs and inputs a line")
+    parser.add_argument("--plan", type=int, default=40, metavar="N", help="log-uniform shapes besides; 0: none")
+    parser.add_argument("--formats", default="", metavar="F,F", help="default: what the device's kernels are for")
+    parser.add_argument("--rows", default="", metavar="M,M", help="rows of the products; default: from 1 to 2048")
+    return parser
+
+
+def _slice(parsed: argparse.Namespace) -> int:
+    target = local(parsed.target, parsed.threads or None)
+    folder = Path(parsed.out)
+    table = LatencyTable.open(folder, target)
+    keys = _planned(parsed, target)
+    budget_s = parse_duration(parsed.budget) if parsed.budget else math.inf
+    began, told = time.monotonic(), [0.0]
+
+    def progress(done: int, total: int) -> None:
+        spent = time.monotonic() - began
+        if spent - told[0] > 5 or done == total:
+            told[0] = spent
+            sys.stderr.write(f"{done} of {total} cells, {spent / done * (total - done) / 60:.0f} min left\n")
+
+    sys.stderr.write(f"{target.description}; table {table.path}\n")
+    left = sweep(target, keys, table, budget_s=budget_s, progress=progress, notify=lambda text: _write(text))
+    table.describe(provenance(target, sys.argv))
+    _write(summary(table))
+    if left:
+        _write(f"{len(left)} of {len(keys)} cells are left; the same command goes on")
+    return 3 if left else 0
+
+
+def _write(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def local(name: str, threads: int | None = None) -> Target:
+    """The device of a name, which has to be here; "" is the CUDA device where there is one, else the CPU. Raises ValueError."""
+    if name in ("", "cpu"):
+        cuda = look_up("cuda").target if not name else None
+        return cuda or local_cpu(threads)
+    found = look_up(name, threads=threads)
+    if found.target is None or not found.target.present:
+        raise ValueError(f"--target {name}: not here ({found.why}); a table is measured on the device that it is of")
+    return found.target
+
+
+def _planned(parsed: argparse.Namespace, target: Target) -> list[KernelKey]:
+    names = [name for name in parsed.models.split(",") if name] or list(MODELS)
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        raise ValueError(f"--models {unknown[0]}: not known; use {', '.join(MODELS)}, or --shapes FILE")
+    shapes = read_shapes(Path(parsed.shapes)) if parsed.shapes else [shape for name in names for shape in MODELS[name].shapes()]
+    shapes += log_uniform(parsed.plan) if parsed.plan else []
+    formats = tuple(filter(None, parsed.formats.split(","))) or FORMATS[target.device]
+    if not parsed.rows:
+        return cells(shapes, formats)
+    rows = [int(text) for text in parsed.rows.split(",") if text.isdigit() and int(text)]
+    if len(rows) < len(parsed.rows.split(",")):
+        raise ValueError(f"--rows {parsed.rows}: whole numbers above zero, with commas, such as 1,8,512")
+    return cells(shapes, formats, rows)
