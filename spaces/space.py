@@ -83,9 +83,13 @@ def build(
 
     formats: names; dense ones add nothing, the dense choice is always there. Where a group does not divide a site's inputs, the
     largest smaller one that does and that runs takes its place, or one scale a channel, and a note says so.
-    What no kernel runs (`Plan.simulated`) has no latency and is dropped. Raises ValueError for a model with experts on a runtime that
-    gets none, for a method that is simulated wherever it is legal, and, with the commonest reason, where nothing can be compressed.
+    What no kernel runs (`Plan.simulated`) has no latency and is dropped. Raises ValueError for an architecture or experts that the runtime
+    does not get, for a method that is simulated wherever it is legal, and, with the commonest reason, where nothing can be compressed.
     """
+    if runtime.architectures and structure.architecture not in runtime.architectures:
+        raise ValueError(
+            f"{structure.architecture} is not exported to {runtime.name}, only {', '.join(runtime.architectures)} are; use isolatency"
+        )
     if not runtime.experts and any(site.kind.startswith("expert") for site in structure.sites):
         raise ValueError(
             f"{structure.architecture} has experts, and such models are not exported to {runtime.name}; use isolatency"

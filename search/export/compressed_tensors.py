@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from methods import policy_file
-from methods.checkpoint import remaining_tensors
 from methods.formats.format import Format
 from methods.formats.numerics import Compressed
 from methods.formats.packing import pack
@@ -22,6 +21,7 @@ from methods.method import Edit
 from methods.model.structure import Site, Structure
 from methods.policy_file import PolicyFile
 from search.export import folder as output
+from search.export.serving import transformers_entry, vllm_entries
 from search.export.verification import Verification, compare, read_config
 
 if TYPE_CHECKING:
@@ -74,23 +74,15 @@ def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[s
     Raises ValueError, naming the layer, for what compressed-tensors cannot express, and FileExistsError where `folder` holds something.
     """
     structure = loaded.structure
-    if any(site.kind.startswith("expert") for site in structure.sites):
-        raise ValueError(
-            f"{structure.architecture} has experts, which compressed-tensors names in its own way; use the runtime isolatency"
-        )
+    table = output.linears(structure, edits, "compressed-tensors")
     output.check(structure, file, edits, supports)
-    if not edits:
-        raise ValueError("the policy compresses nothing; export to the format 'dense' instead")
-    table = {layer: compressed for edit in edits.values() for layer, compressed in edit.linears.items()}
-    digest = policy_file.expanded_digest(file.policy, structure)
     config = output.config_of(loaded, structure.dtype)
     formats = {layer: compressed.format for layer, compressed in table.items()}
-    config["quantization_config"] = quantization_config(formats, _uncompressed(loaded.model, formats), digest)
-    tensors = remaining_tensors(loaded.model, structure, edits)
-    for edit in edits.values():
-        tensors.update(edit.tensors)
-    floats = output.in_storage_dtype([*tensors.items(), *_scales(table)], structure.dtype)
-    output.write_folder(folder, loaded, file, {**floats, **dict(_codes(table))}, config, _serve(structure, formats), [])
+    digest = policy_file.expanded_digest(file.policy, structure)
+    config["quantization_config"] = quantization_config(formats, output.uncompressed(loaded.model, formats), digest)
+    scales = output.in_storage_dtype(_scales(table), structure.dtype)
+    tensors = {**output.rest(loaded, edits), **scales, **dict(_codes(table))}
+    output.write_folder(folder, loaded, file, tensors, config, _serve(structure, formats), [])
 
 
 def _layout(fmt: Format) -> str:
@@ -111,11 +103,6 @@ def _codes(table: Mapping[str, Compressed]) -> Iterator[tuple[str, Tensor]]:
 def _scales(table: Mapping[str, Compressed]) -> Iterator[tuple[str, Tensor]]:
     for layer, compressed in table.items():
         yield f"{layer}.weight_scale", compressed.payload["scale"]
-
-
-def _uncompressed(model: Any, formats: Mapping[str, Format]) -> list[str]:
-    """Linears that no group targets: vLLM refuses a linear that is neither targeted nor ignored."""
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in formats]
 
 
 def quantization_config(formats: Mapping[str, Format], ignore: list[str], policy_digest: str) -> dict[str, Any]:
@@ -170,17 +157,8 @@ def from_config(config: Mapping[str, Any]) -> dict[str, Format]:
 
 
 def _serve(structure: Structure, formats: Mapping[str, Format]) -> dict[str, Any]:
-    """How to run the folder, `.`: the flags that make an engine compute what was evaluated."""
-    dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[structure.dtype]
     on_cpu = not any(fmt.bits == 8 and fmt.act_bits == 16 for fmt in formats.values())
-    engines: dict[str, Any] = {
-        "transformers": {"python": f"AutoModelForCausalLM.from_pretrained('.', dtype='{dtype}')", "faster": False},
-        "vllm": {"command": ["vllm", "serve", ".", "--dtype", dtype]},
-    }
-    if on_cpu:
-        # By default its 4-bit kernels round activations to 8 bits as well, which is not the format that was evaluated.
-        engines["vllm-cpu"] = {"command": ["vllm", "serve", ".", "--dtype", dtype], "env": {"VLLM_CPU_INT4_W4A8": "0"}}
-    return engines
+    return {"transformers": transformers_entry(structure.dtype), **vllm_entries(structure.dtype, on_cpu)}
 
 
 def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:

@@ -20,6 +20,7 @@ from methods.model.experts import stock_state_dict
 from methods.model.structure import LayerSpec, Site, Structure
 from methods.policy_file import PolicyFile
 from search.export import folder as output
+from search.export.serving import transformers_entry
 from search.export.verification import Verification, compare
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def supports(fmt: Format, site: Site) -> str | None:
 def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[str, Edit]) -> None:
     """Writes the folder; `edits`, errors: as in `search.export.compressed_tensors.export`, but for every format."""
     structure = loaded.structure
-    output.check(structure, file, edits, supports)
+    output.check(structure, file, edits, supports, grid=False)
     layers = {layer.name: layer for _, layer in structure.layers()}
     state = stock_state_dict(loaded.model)
     for edit in edits.values():
@@ -46,9 +47,7 @@ def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[s
         state.pop(f"{structure.head}.weight", None)
     dtype = _dtype(state, structure)
     config = output.config_of(loaded, dtype)
-    serve = {
-        "transformers": {"python": f"AutoModelForCausalLM.from_pretrained('.', dtype='{config['dtype']}')", "faster": False}
-    }
+    serve = {"transformers": transformers_entry(dtype)}
     tensors = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in state.items()}
     output.write_folder(folder, loaded, file, tensors, config, serve, _losses(edits, structure, dtype))
 

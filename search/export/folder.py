@@ -5,31 +5,46 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from methods import atomic, policy_file
-from methods.checkpoint import check_edits, narrow
+from methods.checkpoint import check_edits, narrow, remaining_tensors
 from methods.formats.format import Format
-from methods.formats.numerics import DTYPES
+from methods.formats.numerics import DTYPES, Compressed
+from methods.formats.sides import plain
 from methods.method import Edit
 from methods.model.structure import Site, Structure
 from methods.model.tokenizer import write_tokenizer
 from methods.policy_file import PolicyFile
+from search.export.serving import with_cache
+from search.generate import cache_format
 
 if TYPE_CHECKING:
     from methods.model.load import LoadedModel
 
 
 def check(
-    structure: Structure, file: PolicyFile, edits: Mapping[str, Edit], supports: Callable[[Format, Site], str | None]
+    structure: Structure,
+    file: PolicyFile,
+    edits: Mapping[str, Edit],
+    supports: Callable[[Format, Site], str | None],
+    grid: bool = True,
 ) -> None:
-    """Raises ValueError where the edits are not the policy's or a site has a format that the export cannot express."""
+    """Raises ValueError where the edits are not the policy's or a site has a format that the export cannot express.
+
+    grid: the export writes codes and scales, and so has no place for what may stand beside them.
+    """
     check_edits(file.policy, structure, edits)
     for name, edit in edits.items():
         for layer, compressed in edit.linears.items():
             reason = supports(compressed.format, structure.site(name))
+            if reason is None and grid and not plain(compressed.payload):
+                parts = ", ".join(sorted(part for part in compressed.payload if "." in part))
+                reason = f"{parts} beside the grid cannot be expressed; export to the format 'dense' instead"
             if reason:
                 raise ValueError(f"{layer} has {compressed.format.name}: {reason}")
 
@@ -58,6 +73,32 @@ def config_of(loaded: LoadedModel, dtype: str) -> dict[str, Any]:
     return config
 
 
+def linears(structure: Structure, edits: Mapping[str, Edit], runtime: str) -> dict[str, Compressed]:
+    """The compressed linears by name; raises ValueError where there are none, or experts, which runtimes name in ways of their own."""
+    if any(site.kind.startswith("expert") for site in structure.sites):
+        raise ValueError(
+            f"{structure.architecture} has experts, which {runtime} names in its own way; use the runtime isolatency"
+        )
+    table = {layer: compressed for edit in edits.values() for layer, compressed in edit.linears.items()}
+    if not table:
+        raise ValueError("the policy compresses nothing; export to the format 'dense' instead")
+    return table
+
+
+def uncompressed(model: Any, compressed: Iterable[str]) -> list[str]:
+    """The model's other linears, the head among them: engines have to be told of what they should leave alone."""
+    left = set(compressed)
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in left]
+
+
+def rest(loaded: LoadedModel, edits: Mapping[str, Edit]) -> dict[str, Tensor]:
+    """What no compressed linear replaces, in the checkpoint's dtype, as edits changed it; raises as `in_storage_dtype`."""
+    tensors = remaining_tensors(loaded.model, loaded.structure, edits)
+    for edit in edits.values():
+        tensors.update(edit.tensors)
+    return in_storage_dtype(tensors.items(), loaded.structure.dtype)
+
+
 def write_folder(
     folder: Path,
     loaded: LoadedModel,
@@ -66,21 +107,29 @@ def write_folder(
     config: Mapping[str, Any],
     serve: Mapping[str, Any],
     losses: Sequence[Mapping[str, str]],
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Writes the folder in one step; raises FileExistsError where it holds something.
 
-    serve: by engine, the command and environment that run the folder; losses: what the format could not express, `lost` and `why`.
+    serve: by engine, the command and environment that run the folder, to which the flags of the policy's key/value cache are added;
+    losses: what the format could not express, `lost` and `why`; metadata: of the safetensors file, beside what is always there.
     """
     from safetensors.torch import save_file
 
     structure = loaded.structure
-    digest = policy_file.expanded_digest(file.policy, structure)
+    serve, lost = with_cache(serve, cache_format(file.policy, structure), structure.dtype)
+    header = {**metadata, "format": "pt", "policy_digest": policy_file.expanded_digest(file.policy, structure)}
     with atomic.new_folder(folder) as staging:
         write_tokenizer(loaded.tokenizer, staging)
         generation = getattr(loaded.model, "generation_config", None)
         if generation is not None:
             generation.save_pretrained(staging)
-        save_file(dict(state), staging / "model.safetensors", metadata={"format": "pt", "policy_digest": digest})
-        atomic.write_text(staging / "policy.yaml", policy_file.render(file, structure))
-        for name, content in (("config.json", config), ("serve.json", serve), ("losses.json", list(losses))):
-            atomic.write_text(staging / name, json.dumps(content, indent=2) + "\n")
+        save_file(dict(state), staging / "model.safetensors", metadata=header)
+        write_texts(staging, loaded, file, {"config.json": config, "serve.json": serve, "losses.json": [*losses, *lost]})
+
+
+def write_texts(staging: Path, loaded: LoadedModel, file: PolicyFile, contents: Mapping[str, Any]) -> None:
+    """Writes `policy.yaml` and JSON files by name into a folder that is being filled."""
+    atomic.write_text(staging / "policy.yaml", policy_file.render(file, loaded.structure))
+    for name, content in contents.items():
+        atomic.write_text(staging / name, json.dumps(content, indent=2) + "\n")

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
     from search.export.verification import Verification
 
 EXPORTERS: Mapping[str, str] = MappingProxyType(
-    {"compressed-tensors": "search.export.compressed_tensors", "dense": "search.export.dense"}
+    {
+        "compressed-tensors": "search.export.compressed_tensors",
+        "auto-round": "search.export.auto_round",
+        "gptq": "search.export.gptq",
+        "torchao": "search.export.torchao",
+        "gguf": "search.export.gguf",
+        "dense": "search.export.dense",
+        "modelopt": "search.export.modelopt",
+        "mlx": "search.export.mlx",
+    }
 )
 """The module of every export format."""
 

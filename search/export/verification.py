@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from methods import policy_file
+from methods.formats.format import Format, parse_format
+from methods.formats.numerics import DTYPES
 from methods.model.experts import stock_state_dict
 from methods.model.quiet import quiet
+from methods.model.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class Verification:
     """The outcome of loading a folder and comparing it; losses in nats per token, `ok` where `message` has nothing to object.
 
     max_weight_diff: largest absolute difference of any tensor, compressed or not; n_linears: compressed linears compared.
+    load_tested: whether a runtime loaded the folder; where not, weights and losses are nan.
     """
 
     max_weight_diff: float
@@ -28,6 +33,23 @@ class Verification:
     n_linears: int
     ok: bool
     message: str
+    load_tested: bool = True
+
+    @property
+    def summary(self) -> str:
+        """What was compared, in a line for people."""
+        if not self.load_tested:
+            return f"not load-tested; {self.message}"
+        return (
+            f"loaded back, weights differ by {self.max_weight_diff:g} over {self.n_linears} linears, NLL {self.nll_loaded:.4f} "
+            f"against {self.nll_reference:.4f} evaluated"
+        )
+
+
+def not_loaded(n_linears: int, problem: str, message: str) -> Verification:
+    """The outcome for a folder that no runtime at hand loads: `problem`, "" where its configuration is what it should be."""
+    nan = float("nan")
+    return Verification(nan, nan, nan, n_linears, not problem, problem or message, load_tested=False)
 
 
 def nll(model: Any, ids: Tensor) -> float:
@@ -38,22 +60,47 @@ def nll(model: Any, ids: Tensor) -> float:
     return float(loss)
 
 
-def compare(folder: Path, reference: Any, ids: Tensor, linears: list[str], nll_tolerance: float) -> Verification:
-    """Loads the folder with stock transformers in fp32 and compares every tensor of the reference with its own.
+def stock(folder: Path, **options: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The folder's model by `AutoModelForCausalLM.from_pretrained`, and what it says of missing and unexpected keys.
 
-    reference: a model in fp32 with the edits installed; linears: the compressed ones by name; weights have to be equal bit for bit.
-    The forward pass comes first: compressed-tensors decompresses then. Raises what transformers raises for a folder it cannot load.
+    Raises what transformers raises for a folder it cannot load.
     """
     from transformers import AutoModelForCausalLM
 
-    expected = nll(reference, ids)
     with quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-        model, info = loaded
-        found = nll(model.eval(), ids)
-    diff, worst = _largest_difference(stock_state_dict(reference), dict(model.state_dict()))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    model, info = loaded
+    return model.eval(), info
+
+
+def _stock_fp32(folder: Path) -> tuple[Any, Mapping[str, Any]]:
+    return stock(folder, dtype=torch.float32)
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    return dict(model.state_dict())
+
+
+def compare(
+    folder: Path,
+    reference: Any,
+    ids: Tensor,
+    linears: list[str],
+    nll_tolerance: float,
+    load: Callable[[Path], tuple[Any, Mapping[str, Any]]] = _stock_fp32,
+    weights: Callable[[Any], Mapping[str, Tensor]] = _tensors,
+) -> Verification:
+    """Loads the folder in a runtime that computes in fp32 and compares every tensor of the reference with its own.
+
+    reference: a model in fp32 with the edits installed; linears: the compressed ones by name; weights have to be equal bit for bit.
+    load, weights: the model with `stock`'s information, and its decoded tensors by the reference's names. The forward pass comes
+    first: compressed-tensors decompresses then.
+    """
+    expected = nll(reference, ids)
+    model, info = load(folder)
+    with quiet():
+        found = nll(model, ids)
+    diff, worst = _largest_difference(stock_state_dict(reference), weights(model))
     problems = [
         f"{kind.replace('_', ' ')}: {sorted(info[kind])[:3]}" for kind in ("missing_keys", "unexpected_keys") if info[kind]
     ]
@@ -77,9 +124,16 @@ def _largest_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tens
     return largest, worst
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's `config.json`; raises ValueError where it is missing or no JSON object."""
-    path = folder / "config.json"
+def policy_formats(folder: Path, structure: Structure) -> dict[str, Format]:
+    """The formats, by linear, of the folder's `policy.yaml`; raises ValueError where that is another model's."""
+    policy = policy_file.read(folder / "policy.yaml", structure).policy
+    found = ((layer.name, policy.at(site.name)[-1].knob("format")) for site, layer in structure.layers())
+    return {name: parse_format(str(fmt)) for name, fmt in found if fmt is not None}
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A JSON object of the folder; raises ValueError where it is missing or none."""
+    path = folder / name
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError) as error:
@@ -87,3 +141,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds no object; export again")
     return config
+
+
+def storage_dtype(folder: Path) -> str:
+    """The dtype of the folder's `config.json` by its short name (`bf16`, …)."""
+    dtype = getattr(torch, str(read_config(folder)["dtype"]))
+    return next(name for name, known in DTYPES.items() if known == dtype)

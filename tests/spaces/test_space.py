@@ -136,6 +136,8 @@ def test_a_site_with_nothing_but_dense_is_fine_and_a_model_without_choices_is_no
         build(_structure(QKV), ["bf16"], ["rtn"], runtime("isolatency"), anything)
     with pytest.raises(ValueError, match="Tiny has experts"):
         build(_structure(QKV, _site("x", 192, kind="expert_down")), ["w8a16"], ["rtn"], runtime("vllm"), anything)
+    with pytest.raises(ValueError, match=r"Tiny is not exported to llama\.cpp, only LlamaForCausalLM, .* are"):
+        build(_structure(QKV), ["w8a8-g32"], ["rtn"], runtime("llama.cpp"), anything)
     with pytest.raises(ValueError, match="did you mean gptq"):
         build(_structure(QKV), ["w8a16"], ["gptw"], runtime("isolatency"), anything)
 
@@ -156,6 +158,10 @@ def test_a_site_with_nothing_but_dense_is_fine_and_a_model_without_choices_is_no
         ("vllm", "w8a8-token", _site("x", 100), "vllm: 100 inputs and 80 outputs have to be multiples of 16"),
         ("vllm", "w4a16", _site("x", 192, kind="expert_down"), "vllm gets no models with experts from here"),
         ("vllm-cpu", "w8a16", QKV, "vllm-cpu: 8-bit weights with 16 activations are not among its kernels"),
+        ("llama.cpp", "w4a8-g32-asym", QKV, None),
+        ("llama.cpp", "q4_k", _site("x", 512), None),
+        ("llama.cpp", "q4_k", QKV, "group 256 does not divide 192 inputs"),
+        ("llama.cpp", "w8a8-token", _site("x", 80), "llama.cpp: Q8_0 has blocks of 32 inputs, which 80 inputs do not fill"),
         ("isolatency", "w2a8-g16-asym", _site("x", 176, transposed=True), None),
     ],
 )
@@ -172,5 +178,5 @@ def test_default_formats_are_what_their_runtime_runs() -> None:
 
 
 def test_an_unknown_runtime_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown runtime 'llama\.cpp'; use one of isolatency, transformers, vllm"):
-        runtime("llama.cpp")
+    with pytest.raises(ValueError, match=r"unknown runtime 'tensorrt-llm'; use one of isolatency, transformers, vllm"):
+        runtime("tensorrt-llm")

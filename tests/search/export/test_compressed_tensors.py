@@ -179,7 +179,26 @@ def _lost(folder: Path) -> None:
     _edit_tensors(folder, drop)
 
 
-@pytest.mark.parametrize("damage", [_drop_status, _swap_scales, _one_code, _untouched, _lost])
+def _twos_complement(folder: Path) -> None:
+    """Codes as they are without the offset that makes them unsigned."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if name.endswith("weight_packed"):
+                tensors[name] ^= -0x77777778
+
+    _edit_tensors(folder, change)
+
+
+def _swap_codes(folder: Path) -> None:
+    def swap(tensors: dict[str, torch.Tensor]) -> None:
+        k, v = (f"model.layers.0.self_attn.{name}_proj.weight_packed" for name in "kv")
+        tensors[k], tensors[v] = tensors[v], tensors[k]
+
+    _edit_tensors(folder, swap)
+
+
+@pytest.mark.parametrize("damage", [_drop_status, _swap_scales, _swap_codes, _one_code, _twos_complement, _untouched, _lost])
 def test_a_damaged_export_fails_the_comparison(
     tmp_path: Path, models: Callable[[str], LoadedModel], damage: Callable[[Path], None]
 ) -> None:
@@ -274,8 +293,10 @@ def test_the_registry_knows_its_formats() -> None:
     for name in EXPORTERS:
         module = exporter(name)
         assert all(callable(getattr(module, verb)) for verb in ("supports", "export", "verify"))
-    with pytest.raises(ValueError, match="unknown export format 'gguf'; use one of compressed-tensors, dense"):
-        exporter("gguf")
+    with pytest.raises(
+        ValueError, match="unknown export format 'onnx'; use one of compressed-tensors, auto-round, gptq, torchao"
+    ):
+        exporter("onnx")
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3-moe"])

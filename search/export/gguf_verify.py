@@ -1,0 +1,159 @@
+"""Whether a GGUF is the model that was evaluated: its types, every tensor, the tokenizer, and the losses of two runtimes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from methods import policy_file
+from methods.formats.format import parse_format
+from methods.formats.gguf_types import block_type
+from methods.model.describe import describe
+from methods.model.experts import stock_state_dict
+from methods.model.quiet import quiet
+from methods.model.structure import Structure
+from search.export.gguf_layout import MODEL, family, names, row_order
+from search.export.llama_cpp import LlamaCpp, LlamaCppRefusal, installed
+from search.export.verification import Verification, compare, nll, stock
+
+TRANSFORMERS_TOLERANCE = 5e-3
+LLAMA_TOLERANCE = 0.03
+"""Nats per token: llama.cpp rounds inputs to 8 bits in blocks, keys and values to fp16, and sums in another order."""
+LLAMA_TOKENS = 48
+"""How many tokens of the text llama.cpp predicts, at most."""
+
+
+def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
+    """Reads the file with `gguf`, loads it with transformers and, where xllamacpp is installed, with llama.cpp, and compares.
+
+    reference: the fp32 model with the edits installed; ids: (b, t) token ids, of which llama.cpp gets the first row's beginning.
+    Types have to be the policy's, all tensors equal bit for bit, tokens those that the evaluated tokenizer makes. transformers rounds no
+    inputs and is compared with the reference without that; llama.cpp, which does, with the reference as it is: the losses that are
+    returned are of these tokens where it ran, else those of transformers.
+    """
+    structure = describe(reference)
+    problems = _file_problems(folder, reference, structure)
+    # A file whose tensors do not fit is not handed to runtimes, which would read past them.
+    if problems:
+        return Verification(float("inf"), float("nan"), float("nan"), 0, False, "; ".join(problems))
+    policy = policy_file.read(folder / "policy.yaml", structure).policy
+    linears = [layer.name for site, layer in structure.layers() if policy.at(site.name)[-1].knob("format")]
+    with inputs_alone(reference):
+        check = compare(folder, reference, ids, linears, TRANSFORMERS_TOLERANCE, load=_load)
+    problems = [] if check.ok else [check.message]
+    probes = _probes(folder)
+    problems += _transformers_tokens(folder, probes)
+    if not installed():
+        message = "; ".join(problems) or f"{check.message}; llama.cpp was not run, because xllamacpp is not installed"
+        return replace(check, ok=not problems, message=message)
+    return _with_llama_cpp(folder, reference, ids[0, : LLAMA_TOKENS + 1], probes, check, problems)
+
+
+@contextlib.contextmanager
+def inputs_alone(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model has its weights as they are but no forward pre-hook: nothing rounds the inputs of its linears."""
+    held = [(module, module._forward_pre_hooks) for module in model.modules()]
+    try:
+        for module, _ in held:
+            module._forward_pre_hooks = OrderedDict()
+        yield
+    finally:
+        for module, hooks in held:
+            module._forward_pre_hooks = hooks
+
+
+def _load(folder: Path) -> tuple[Any, Mapping[str, Any]]:
+    return stock(folder, gguf_file=MODEL, dtype=torch.float32)
+
+
+def _file_problems(folder: Path, reference: Any, structure: Structure) -> list[str]:
+    """What `gguf` finds in the file that is not the policy's type or the reference's tensor; at most a few lines."""
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    kind = family(structure, reference.config)
+    try:
+        tensors = {tensor.name: tensor for tensor in GGUFReader(folder / MODEL).tensors}
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        return [f"{MODEL} cannot be read ({error}); export again"]
+    types = _types(folder, structure)
+    expected = stock_state_dict(reference)
+    if structure.tied:
+        expected.pop(f"{structure.head}.weight", None)
+    problems = []
+    for parameter, name in names(expected, structure, kind).items():
+        tensor = tensors.pop(name, None)
+        if tensor is None:
+            problems.append(f"{name} is missing")
+            continue
+        wanted = types.get(parameter)
+        if wanted not in (None, tensor.tensor_type.name):
+            problems.append(f"{name} is {tensor.tensor_type.name}, the policy decides {wanted}")
+            continue
+        order = row_order(parameter, structure, kind)
+        rows = expected[parameter].float().numpy()
+        if not np.array_equal(dequantize(tensor.data, tensor.tensor_type), rows if order is None else rows[order]):
+            problems.append(f"{name} does not decode to the evaluated weights")
+    problems += [f"{name} is none of the model's" for name in tensors]
+    return [*problems[:3], f"{len(problems) - 3} more"] if len(problems) > 3 else problems
+
+
+def _types(folder: Path, structure: Structure) -> dict[str, str | None]:
+    """The types that the policy's formats have, by parameter."""
+    policy = policy_file.read(folder / "policy.yaml", structure).policy
+    types = {}
+    for site, layer in structure.layers():
+        name = policy.at(site.name)[-1].knob("format")
+        if name is not None:
+            types[f"{layer.name}.weight"] = block_type(parse_format(str(name)))
+    return types
+
+
+def _probes(folder: Path) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _transformers_tokens(folder: Path, probes: Mapping[str, list[int]]) -> list[str]:
+    """The texts of which the file's tokenizer, in transformers, makes other tokens than the evaluated one did."""
+    from transformers import AutoTokenizer
+
+    with quiet():
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, gguf_file=MODEL, local_files_only=True)
+    wrong = [text for text, ids in probes.items() if tokenizer(text)["input_ids"] != ids]
+    return [f"transformers reads other tokens in {wrong[0]!r} and {len(wrong) - 1} more texts"] if wrong else []
+
+
+def _with_llama_cpp(
+    folder: Path, reference: Any, ids: Tensor, probes: Mapping[str, list[int]], check: Verification, problems: list[str]
+) -> Verification:
+    """The outcome with what llama.cpp computes; ids: (t,)."""
+    expected, given = nll(reference, ids[None]), [int(index) for index in ids]
+    found = float("nan")
+    longest = max(len(given), *(len(tokens) for tokens in probes.values()))
+    try:
+        engine = LlamaCpp(folder / MODEL, longest + 8, int(reference.config.vocab_size), torch.get_num_threads())
+        wrong = [text for text, tokens in probes.items() if not engine.reads_as(text, tokens)]
+        found = engine.nll(given)
+    except LlamaCppRefusal as error:
+        return replace(check, nll_reference=expected, nll_loaded=found, ok=False, message="; ".join([*problems, str(error)]))
+    if wrong:
+        problems.append(f"llama.cpp reads other tokens in {wrong[0]!r} and {len(wrong) - 1} more texts")
+    if not abs(found - expected) <= LLAMA_TOLERANCE:
+        problems.append(
+            f"llama.cpp has a loss of {found:.4f} instead of {expected:.4f} nats per token, more than {LLAMA_TOLERANCE} apart"
+        )
+    said = (
+        f"{check.message}, tokens too; transformers has a loss of {check.nll_loaded:.4f} on the text, llama.cpp of {found:.4f} on its "
+        f"first {len(given) - 1} tokens"
+    )
+    return replace(check, nll_reference=expected, nll_loaded=found, ok=not problems, message="; ".join(problems) or said)

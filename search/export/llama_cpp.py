@@ -1,0 +1,92 @@
+"""llama.cpp itself, through the optional package xllamacpp: what it makes of a GGUF's text, tokens and probabilities."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PACKAGE = "xllamacpp"
+_FIRST = 1024
+"""Likeliest tokens that are asked for first: nearly always enough, and a whole vocabulary takes half a second."""
+
+
+class LlamaCppRefusal(ValueError):
+    """A file that llama.cpp does not load or run, or the package that is not installed."""
+
+
+def installed() -> bool:
+    """Whether the package is there; nothing is imported."""
+    return importlib.util.find_spec(PACKAGE) is not None
+
+
+class LlamaCpp:
+    """A GGUF loaded by llama.cpp on the CPU with one sequence; raises LlamaCppRefusal where it cannot be.
+
+    n_context: the most tokens of a call, those it writes included; n_vocab: of the model.
+    """
+
+    def __init__(self, path: Path, n_context: int, n_vocab: int, n_threads: int = 1) -> None:
+        if not installed():
+            raise LlamaCppRefusal(f"running llama.cpp needs the package {PACKAGE}; pip install {PACKAGE}")
+        xllamacpp: Any = importlib.import_module(PACKAGE)
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel = n_context, 1
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = n_threads
+        params.n_gpu_layers, params.warmup, params.verbosity = 0, False, -1
+        try:
+            self._server: Any = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise LlamaCppRefusal(f"llama.cpp does not load {path} ({error})") from None
+        self._n_vocab = n_vocab
+
+    def nll(self, ids: Sequence[int]) -> float:
+        """Mean negative log-likelihood (nats per token) of token ids, the first given: one step of decoding for each."""
+        losses = [-self._logprob(ids[:at], ids[at]) for at in range(1, len(ids))]
+        return math.fsum(losses) / len(losses)
+
+    def reads_as(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether llama.cpp makes these tokens of a text, for as much of them as `n_context` holds.
+
+        Its tokens are not told. The ids are run first; a text that is the same then finds all but its last token in the cache, which is
+        computed again and has to give the same probabilities.
+        """
+        self._complete(list(ids), 8)
+        expected, found = self._complete(list(ids), 8), self._complete(text, 8)
+        return all(expected[key] == found[key] for key in ("tokens", "cached", "top"))
+
+    def write(self, prompt: str | Sequence[int], n_tokens: int) -> str:
+        """What it writes greedily after a prompt."""
+        answer = self._ask(prompt if isinstance(prompt, str) else list(prompt), {"max_tokens": n_tokens})
+        return str(answer["choices"][0]["text"])
+
+    def _logprob(self, given: Sequence[int], token: int) -> float:
+        for n_probs in (min(_FIRST, self._n_vocab), self._n_vocab):
+            found = self._complete(list(given), n_probs)["top"].get(token)
+            if found is not None:
+                return float(found)
+        raise LlamaCppRefusal(f"llama.cpp gives the token {token} no probability; the file has another vocabulary")
+
+    def _complete(self, prompt: str | list[int], n_probs: int) -> dict[str, Any]:
+        """The next token's likeliest ids with their log-probabilities, and how many tokens the prompt had and the cache held."""
+        answer = self._ask(prompt, {"max_tokens": 1, "logprobs": n_probs, "n_probs": n_probs})
+        top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        usage = answer["usage"]
+        return {
+            "tokens": usage["prompt_tokens"],
+            "cached": usage["prompt_tokens_details"]["cached_tokens"],
+            "top": {entry["id"]: entry["logprob"] for entry in top},
+        }
+
+    def _ask(self, prompt: str | list[int], options: dict[str, Any]) -> dict[str, Any]:
+        # A temperature below zero is its way to say: the likeliest, and probabilities of all tokens as the model has them.
+        answer: dict[str, Any] = self._server.handle_completions(
+            {"prompt": prompt, "temperature": -1, "cache_prompt": True, **options}
+        )
+        if "choices" not in answer:
+            raise LlamaCppRefusal(f"llama.cpp does not run the prompt: {answer.get('error', answer)}")
+        return answer

@@ -1,0 +1,56 @@
+"""Exporting a checkpoint without a study: what `search materialize` made of a policy file, in any format of the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from methods import checkpoint, policy_file
+from methods.apply import Installer
+from methods.model.load import MARKER
+from search.export.registry import exporter
+
+if TYPE_CHECKING:
+    from methods.model.load import LoadedModel
+    from search.export.verification import Verification
+
+_TEXT = (
+    "In the spring the river rises over its banks and covers the low fields with a thin layer of mud. The farmers wait until the water "
+    "has gone, then they plough and sow. By the end of June the corn is as high as a child; in September it is cut, dried and taken to "
+    "the mill, which has stood at the old bridge since 1786."
+)
+"""Both sides are compared on it; that is all it is for, and nothing is said of quality."""
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder is a compressed checkpoint of this project."""
+    return (folder / MARKER).is_file()
+
+
+def export_checkpoint(folder: Path, name: str, out: Path) -> Verification:
+    """Exports a compressed checkpoint to the format `name` in `out`, loads that back and compares it with the checkpoint's weights.
+
+    Raises ValueError for what the format cannot express and where the loaded model is another, CorruptCheckpoint as
+    `methods.checkpoint.read` does, FileExistsError where `out` holds something.
+    """
+    module = exporter(name)
+    stored, loaded = checkpoint.read(folder), checkpoint.load_dense(folder)
+    module.export(out, loaded, policy_file.parse(stored.policy_text, loaded.structure), stored.edits)
+    with Installer(loaded.model, loaded.structure) as installer:
+        for site, edit in stored.edits.items():
+            installer.install(site, edit)
+        check = module.verify(out, loaded.model, _ids(loaded))
+    if not check.ok:
+        raise ValueError(f"export {out}: what was loaded back is not the checkpoint's model: {check.message}")
+    return check
+
+
+def _ids(loaded: LoadedModel) -> Tensor:
+    """Token ids (1, t) of a plain text, or drawn with a fixed seed for a model without a tokenizer."""
+    if loaded.tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(loaded.structure.n_vocab, (1, 64), generator=generator)
+    return torch.tensor([loaded.tokenizer(_TEXT)["input_ids"]])
