@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from search import machines
 from search.config import ConfigError, add_flags, default_cache, from_arguments
+from search.memory import out_of_memory
 
 if TYPE_CHECKING:
     from search.results import Answer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point: 0 for success, 1 for an objective that is not met, 2 for bad input, 130 for an interruption."""
+    """Entry point: 0 for success, 1 for an objective that is not met, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
     parser = _parser()
     parsed = parser.parse_args(arguments)
     if not hasattr(parsed, "command"):
@@ -29,23 +35,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     _quiet_libraries()
     try:
-        return int(parsed.command(parsed))
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; everything finished so far is kept, the same command goes on from there\n")
-        return 130
+        with _stopped_by_term():
+            return int(parsed.command(parsed))
+    except KeyboardInterrupt as stop:
+        sys.stderr.write("interrupted; everything finished so far is kept, the same command goes on from there\n")
+        return 143 if isinstance(stop, _Terminated) else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, KeyError, OSError, ImportError, MemoryError) as error:
-        if parsed.debug:
+    except (ValueError, KeyError, OSError, ImportError, MemoryError, RuntimeError) as error:
+        if parsed.debug or (isinstance(error, RuntimeError) and not out_of_memory(error)):
             raise
         sys.stderr.write(f"search: {_one_line(error)}\n")
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; the usage stands in --help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"search: {message}; see `{self.prog} --help`\n")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+@contextmanager
+def _stopped_by_term() -> Iterator[None]:
+    def stop(number: int, frame: object) -> None:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # the others may not say what a signal does
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _one_line(error: BaseException) -> str:
-    if isinstance(error, MemoryError):
-        return "out of memory; use fewer --calibration-tokens or a shorter --sequence"
+    if out_of_memory(error):
+        return "out of memory; use fewer --calibration-tokens or a shorter --sequence, what is finished is kept"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.filename or 'disk'}: {error.strerror}; make room, the same command goes on from what is finished"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'file'}: {error.strerror}"
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
@@ -58,15 +93,24 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
-    for name in ("transformers", "optuna", "lm_eval", "compressed_tensors", "matplotlib"):
+    for name in (
+        "transformers",
+        "optuna",
+        "lm_eval",
+        "compressed_tensors",
+        "torchao",
+        "torch.utils._pytree",
+        "autoround",
+        "matplotlib",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks")
     common.add_argument("--json", action="store_true", help="results as JSON on stdout")
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="search",
         description="Search how to compress a language model so that it really meets a latency objective on a machine.",
     )
@@ -97,9 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", default="", help="picture to write (.png or .svg); default: none")
     methods = command("methods", _methods, "the compression methods there are")
     methods.add_argument("name", nargs="?", default="", help="one method: its knobs, limits and what it refuses")
-    command("targets", _targets, "the machines that can be searched for")
-    doctor = command("doctor", _doctor, "what this machine can measure, and what spoils it")
-    doctor.add_argument("--cache", default="", help="cache folder to check")
+    command("runtimes", _runtimes, "what each runtime loads, through which export, and why not")
+    machines.register(command, _printed, _validate)
     explain = command("explain", _explain, "which choices of an answer cost the quality and which save the time")
     explain.add_argument("study", help="the study's folder")
     explain.add_argument("--objective", default="", help="which answer, for example 0.6x; default: the latest")
@@ -108,7 +151,13 @@ def _parser() -> argparse.ArgumentParser:
     cache = command("cache", _cache, "what lies in the cache, and getting rid of it")
     cache.add_argument("--cache", default="", help="cache folder")
     cache.add_argument("--verify", action="store_true", help="read and check everything")
-    cache.add_argument("--clear", default="", metavar="KIND", help="delete models, tables, generated, kernels or all")
+    cache.add_argument(
+        "--clear", default="", metavar="KIND", help="delete models, tables, generated, rotations, kernels or all"
+    )
+    cache.add_argument("--results", default="results", help="folder of the studies whose banks count [results]")
+    cache.add_argument(
+        "--max-size", default="", metavar="BYTES", help="cut the banks down to 10GiB, say: the longest unused first"
+    )
     generate = command("generate", _generate, "write text with a compressed checkpoint, on the real kernels")
     generate.add_argument("checkpoint", help="folder of a checkpoint, or of a study (its latest answer)")
     generate.add_argument("--prompt", default="The capital of France is", help="text to continue")
@@ -118,23 +167,15 @@ def _parser() -> argparse.ArgumentParser:
     materialize.add_argument("policy", help="policy file (YAML)")
     materialize.add_argument("--out", required=True, help="folder to write")
     materialize.add_argument("--study", default="", help="study whose compressed tensors are used where they fit")
-    _model_flags(materialize)
+    machines.run_flags(materialize, {"model", "data", "sequence", "calibration_tokens", "seed", "cache"})
     export = command("export", _export, "export an answer for an engine, load it back and compare")
-    export.add_argument("study", help="the study's folder")
-    export.add_argument("--format", required=True, help="compressed-tensors or dense")
+    export.add_argument("study", help="the study's folder, or a checkpoint that `search materialize` wrote")
+    export.add_argument(
+        "--format", required=True, help="compressed-tensors, auto-round, gptq, torchao, gguf, dense, modelopt, mlx"
+    )
     export.add_argument("--objective", default="", help="which answer, for example 0.6x; default: the latest")
     export.add_argument("--out", default="", help="folder to write; default: in the study")
     return parser
-
-
-def _model_flags(parser: argparse.ArgumentParser) -> None:
-    """The run's flags that say which model and which text."""
-    scratch = argparse.ArgumentParser(add_help=False)
-    add_flags(scratch)
-    wanted = {"model", "data", "sequence", "calibration_tokens", "seed", "cache"}
-    for action in scratch._actions:
-        if action.dest in wanted:
-            parser._add_action(action)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -148,9 +189,14 @@ def _run(arguments: argparse.Namespace) -> int:
 
         _print(dry_run(config, progress), arguments.json)
         return 0
-    answer = run_study(config, progress)
+    try:
+        answer = run_study(config, progress)
+    except KeyboardInterrupt:
+        if progress.best:
+            progress.say(f"{progress.best}; nothing was validated yet")
+        raise
     _print_answer(config.folder, answer, arguments.json)
-    return 0 if answer.verdict == "met" else 1
+    return 0 if answer.verdict in ("met", "unvalidated") else 1
 
 
 def _print(value: dict[str, Any] | list[Any], as_json: bool) -> None:
@@ -259,44 +305,39 @@ def _methods(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _targets(arguments: argparse.Namespace) -> int:
-    from profilers.target import targets
+def _runtimes(arguments: argparse.Namespace) -> int:
+    from search.runtime_list import listing, rows
 
-    rows = [
-        {
-            "name": target.name,
-            "state": "here" if target.present else "stored table" if target.table else "not here",
-            "description": target.description,
-        }
-        for target in targets()
-    ]
-    if arguments.json:
-        print(json.dumps(_plain(rows), indent=1))
-        return 0
-    for row in rows:
-        print(f"{row['name']:<12} {row['state']:<14} {row['description']}")
+    print(json.dumps(rows(), indent=1) if arguments.json else listing())
     return 0
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
-    from profilers.doctor import doctor
+def _printed(run: Callable[[argparse.Namespace], machines.Shown]) -> machines.Run:
+    def command(arguments: argparse.Namespace) -> int:
+        found = run(arguments)
+        print(json.dumps(_plain(found.value), indent=1) if arguments.json else found.text)
+        return found.status
 
-    findings = doctor(Path(arguments.cache) if arguments.cache else default_cache())
-    if arguments.json:
-        print(json.dumps([vars(finding) for finding in findings], indent=1))
-    else:
-        for finding in findings:
-            print(f"{'ok  ' if finding.ok else 'look'}  {finding.name:<18} {finding.detail}")
-    return 0 if all(finding.ok for finding in findings) else 1
+    return command
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from search.progress import Progress
+    from search.validate import validate
+
+    folder = Path(arguments.study)
+    answer = validate(folder, Progress(), arguments.objective, arguments.on)
+    _print_answer(folder, answer, arguments.json)
+    return 0 if answer.verdict == "met" else 1
 
 
 def _explain(arguments: argparse.Namespace) -> int:
     from dataclasses import asdict, replace
 
     from search.explain import explain, text
+    from search.folder import check_same
     from search.progress import Progress
     from search.results import saved_answer, saved_config, saved_prepared
-    from search.run import check_same
     from search.session import Session
 
     folder = Path(arguments.study)
@@ -311,21 +352,24 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _cache(arguments: argparse.Namespace) -> int:
-    from search.cache import KINDS, clear, items
+    from search.cache import BANK, KINDS, banks, clear, items, trim
+    from search.objectives import parse_bytes
 
-    folder = Path(arguments.cache) if arguments.cache else default_cache()
-    if arguments.clear:
-        freed = clear(folder, arguments.clear)
+    folder, results = Path(arguments.cache) if arguments.cache else default_cache(), Path(arguments.results)
+    if arguments.clear or arguments.max_size:
+        freed = trim(results, parse_bytes(arguments.max_size, "max-size", "10GiB")) if arguments.max_size else 0
+        freed += clear(folder, arguments.clear) if arguments.clear else 0
         print(json.dumps({"freed_bytes": freed}) if arguments.json else f"{freed / 2**20:.1f} MiB freed")
         return 0
-    found = items(folder, verify=arguments.verify)
+    found = items(folder, verify=arguments.verify) + banks(results, verify=arguments.verify)
     if arguments.json:
         print(json.dumps([vars(item) for item in found], indent=1))
     else:
+        what = {**KINDS, BANK: f"compressed tensors of a study in {results}"}
         print(f"{folder}: {sum(item.size_bytes for item in found) / 2**20:.1f} MiB")
         for item in found:
-            state = f"  {item.problem}" if item.problem else ""
-            print(f"{item.size_bytes / 2**20:9.1f} MiB  {item.kind:<10} {item.name}  ({KINDS[item.kind]}){state}")
+            state = "  in use by a run" if item.held else f"  {item.problem}" if item.problem else ""
+            print(f"{item.size_bytes / 2**20:9.1f} MiB  {item.kind:<10} {item.name}  ({what[item.kind]}){state}")
     return 1 if any(item.problem for item in found) else 0
 
 
@@ -373,18 +417,24 @@ def _materialize(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from search.export.standalone import export_checkpoint, is_checkpoint
     from search.generate import export_study
     from search.progress import Progress
     from search.results import saved_answer
 
-    folder = Path(arguments.study)
-    answer = saved_answer(folder, arguments.objective)
-    out = Path(arguments.out) if arguments.out else None
-    path, check = export_study(folder, answer, arguments.format, out, Progress())
+    folder, out = Path(arguments.study), Path(arguments.out) if arguments.out else None
+    if is_checkpoint(folder):
+        if out is None or arguments.objective:
+            raise ConfigError(
+                f"{folder} is a checkpoint, not a study: --out says where its export goes, and --objective nothing"
+            )
+        path, check = out, export_checkpoint(folder, arguments.format, out)
+    else:
+        path, check = export_study(folder, saved_answer(folder, arguments.objective), arguments.format, out, Progress())
     if arguments.json:
         print(json.dumps(_plain({"folder": str(path), **vars(check)}), indent=1))
     else:
-        print(f"{path}: {check.message or 'equal'}; weights differ by {check.max_weight_diff:g} over {check.n_linears} linears")
+        print(f"{path}: {check.summary}")
     return 0
 
 

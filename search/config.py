@@ -7,47 +7,21 @@ import dataclasses
 import os
 import re
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from methods.catalogue import model_method
 from methods.policy import Decision
-from profilers.workload import Workload, parse_workload
+from profilers.datasheets import DEVICE_TABLES
+from profilers.duration import parse_duration
+from profilers.workload import Workload
+from search.objectives import BYTES, TIMES, Objective, Objectives, parse_workloads
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be run; one line says which value and what to write instead."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """A latency to meet: milliseconds, or a share of the dense model's latency measured in the same interleaved run."""
-
-    value: float
-    relative: bool
-
-    @property
-    def text(self) -> str:
-        """`30ms` or `0.6x`."""
-        return f"{self.value:g}x" if self.relative else f"{self.value:g}ms"
-
-    def resolve(self, dense_ms: float) -> float:
-        """The objective in milliseconds, given the dense model's latency."""
-        return self.value * dense_ms if self.relative else self.value
-
-
-def parse_objective(text: str) -> Objective:
-    """`30ms`, `1.5s`, `800us` or `0.6x`; raises ConfigError without a unit."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(us|ms|s|x)?\s*", text)
-    if not match:
-        raise ConfigError(f"--latency {text!r}: not a latency; write 30ms, 1.5s or 0.6x (of the dense model's latency)")
-    if match[2] is None:
-        raise ConfigError(f"--latency {text!r} has no unit; write {match[1]}ms, {match[1]}s or a share of dense such as 0.6x")
-    value = float(match[1])
-    if value <= 0:
-        raise ConfigError(f"--latency {text!r}: must be above zero")
-    return Objective(value * {"us": 1e-3, "ms": 1.0, "s": 1e3, "x": 1.0}[match[2]], relative=match[2] == "x")
 
 
 def _option(default: Any, help_text: str, *, metavar: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
@@ -65,6 +39,11 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "isolatency"
 
 
+def device_folders(devices: str) -> tuple[Path, ...]:
+    """Where tables of other machines are looked for: the folder given, then the project's own."""
+    return (Path(devices).expanduser(), DEVICE_TABLES) if devices else (DEVICE_TABLES,)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that determines a run. Defaults are the command line's."""
@@ -73,10 +52,21 @@ class RunConfig:
         "default", "hub id, folder with safetensors, GGUF file or package:NAME; default: SmolLM2-135M-Instruct"
     )
     target: str = _option("cpu", "machine to search for; `search targets` lists them")
-    latency: str = _option("", "objective: 30ms, 1.5s, or 0.6x of the dense model's latency", metavar="LATENCY")
-    workload: str = _option("decode:batch=1,context=512", "decode:batch=B,context=C or prefill:batch=B,prompt=P")
-    runtime: Literal["isolatency", "vllm"] = _option(
-        "isolatency", "engine the result is for; restricts the formats to what it loads", choices=("isolatency", "vllm")
+    latency: str = _option(
+        "", "objective: median time of every stated workload, 30ms, 1.5s, or 0.6x of the dense model's", metavar="LATENCY"
+    )
+    ttft: str = _option("", "objective: median time to the first token (prefill), 200ms or 0.6x", metavar="LATENCY")
+    tpot_p95: str = _option("", "objective: 95th percentile of the time per output token, 40ms", metavar="LATENCY")
+    throughput: str = _option("", "objective: tokens decoded a second over the whole batch, 50tok/s", metavar="RATE")
+    memory: str = _option("", "objective: weights and key/value cache of the largest workload, 1.5GiB", metavar="BYTES")
+    size: str = _option("", "objective: stored bytes of the model, 100MB", metavar="BYTES")
+    workload: str | tuple[str, ...] = _option(
+        ["decode:batch=1,context=512"], "decode:batch=B,context=C or prefill:batch=B,prompt=P; may be repeated", metavar="W"
+    )
+    runtime: Literal["isolatency", "vllm", "llama.cpp"] = _option(
+        "isolatency",
+        "engine the result is for; restricts the formats to what it loads",
+        choices=("isolatency", "vllm", "llama.cpp"),
     )
     formats: tuple[str, ...] = _option([], "number formats, comma separated; default: what the runtime runs", metavar="F,F,…")
     methods: tuple[str, ...] = _option(
@@ -97,17 +87,30 @@ class RunConfig:
     search_tokens: int = _option(4096, "tokens on which candidates are compared")
     validation_tokens: int = _option(4096, "tokens on which finalists are chosen, and as many again for the report")
     evaluations: int = _option(8, "true evaluations that the refinement may spend")
+    budget: str = _option(
+        "", "time that true evaluations may take, 10m, 90s or 2h, if it is used up before --evaluations", metavar="TIME"
+    )
+    tokens: int = _option(0, "tokens that true evaluations may read, if they are used up before --evaluations; 0: no limit")
     finalists: int = _option(2, "policies that are recompressed in order, materialised and measured")
     max_kl: float = _option(0.0, "quality floor in nats per token; 0: none")
     tasks: tuple[str, ...] = _option(
         [], "lm-eval tasks for the answer and the dense model: names or YAML files", metavar="T,T,…"
     )
     limit: int = _option(0, "examples of each task; 0: all")
+    devices: str = _option(
+        "", "folder of latency tables from other machines; results/devices is always looked into", metavar="DIR"
+    )
+    allow_modelled: bool = _option(False, "let latencies of a target that nobody measured come from its datasheet, labelled so")
     threads: int = _option(0, "threads of the measured runtime; 0: half of the machine's cores")
     seed: int = _option(0, "seed of everything random")
     study: str = _option("", "name of the study; default: from model, target, runtime and workload")
     results: str = _option("results", "folder of the studies")
-    storage: str = _option("", "Optuna storage URL; default: SQLite in the study's folder")
+    store: str = _option(
+        "",
+        "where evaluations are kept: a SQLite file or a database's URL such as postgresql+psycopg://HOST/NAME; default: study.db in the "
+        "study's folder",
+        metavar="URL",
+    )
     cache: str = _option("", "folder of converted models, kernels and latency tables; default: ~/.cache/isolatency")
     export: tuple[str, ...] = _option([], "export the answer; for example compressed-tensors", metavar="FORMAT")
 
@@ -115,18 +118,16 @@ class RunConfig:
         for name in ("sequence", "calibration_tokens", "search_tokens", "validation_tokens", "finalists"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: must be at least 1")
-        for name in ("evaluations", "limit", "threads", "max_kl"):
+        for name in ("evaluations", "tokens", "limit", "threads", "max_kl"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: must not be negative")
-        if self.runtime not in ("isolatency", "vllm"):
-            raise ConfigError(f"--runtime {self.runtime!r}: use isolatency or vllm")
-        if self.latency:
-            parse_objective(self.latency)
-        _ = self.transform_decision
-        try:
-            parse_workload(self.workload)
-        except ValueError as error:
-            raise ConfigError(f"--{error}") from None
+        if self.runtime not in ("isolatency", "vllm", "llama.cpp"):
+            raise ConfigError(f"--runtime {self.runtime!r}: use isolatency, vllm or llama.cpp")
+        if self.budget:
+            _parsed(parse_duration, self.budget)
+        if isinstance(self.workload, str):
+            object.__setattr__(self, "workload", (self.workload,))
+        _ = self.transform_decision, self.stated_workloads, self._asked
 
     @property
     def transform_decision(self) -> Decision | None:
@@ -144,16 +145,44 @@ class RunConfig:
         return decision
 
     @property
-    def objective(self) -> Objective:
-        """The parsed objective; raises ConfigError where none was given."""
-        if not self.latency:
+    def stated_workloads(self) -> tuple[Workload, ...]:
+        """The workloads as they were written."""
+        try:
+            return parse_workloads(self.workload)
+        except ValueError as error:
+            raise ConfigError(f"--{error}") from None
+
+    @property
+    def _asked(self) -> Objectives | None:
+        try:
+            return Objectives.of(
+                {kind: getattr(self, kind.replace("-", "_")) for kind in (*TIMES, *BYTES)}, self.stated_workloads
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    @property
+    def objectives(self) -> Objectives:
+        """Everything asked for; raises ConfigError where nothing was."""
+        if self._asked is None:
             raise ConfigError("--latency is missing: write an objective such as --latency 30ms or --latency 0.6x")
-        return parse_objective(self.latency)
+        return self._asked
+
+    @property
+    def objective(self) -> Objective:
+        """The main objective; raises ConfigError where none was given."""
+        return self.objectives.main
+
+    @property
+    def workloads(self) -> tuple[Workload, ...]:
+        """Every workload that latencies are of, the main objective's first."""
+        asked = () if self._asked is None else self._asked.workloads
+        return tuple(dict.fromkeys((*asked, *self.stated_workloads)))
 
     @property
     def load(self) -> Workload:
-        """The parsed workload."""
-        return parse_workload(self.workload)
+        """The main workload."""
+        return self.workloads[0]
 
     @property
     def cache_folder(self) -> Path:
@@ -167,7 +196,7 @@ class RunConfig:
             return self.study
         model = "smollm2-135m-instruct" if self.model == "default" else Path(self.model).name
         changed = [name for name, plain in ((self.transform, "none"), (self.runtime, "isolatency")) if name != plain]
-        parts = [model, self.target, *changed, self.load.name]
+        parts = [model, self.target, *changed, *(workload.name for workload in self.stated_workloads)]
         return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()).strip("-")
 
     @property
@@ -176,11 +205,19 @@ class RunConfig:
         return Path(self.results) / self.study_name
 
 
+def _parsed(parse: Callable[[str], object], text: str) -> None:
+    try:
+        parse(text)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 _LISTS = ("formats", "methods", "tasks", "export")
+_REPEATED = ("data", "workload")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +226,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for item in dataclasses.fields(RunConfig):
         meta = item.metadata
         kind: Any = {"int": int, "float": float}.get(str(item.type), str)
-        action = "append" if item.name == "data" else "store"
+        if str(item.type) == "bool":
+            parser.add_argument(
+                _flag(item.name), dest=item.name, action="store_true", default=argparse.SUPPRESS, help=meta["help"]
+            )
+            continue
+        action = "append" if item.name in _REPEATED else "store"
         default = item.default if item.default is not dataclasses.MISSING else None
         shown = "" if default in (None, "", 0, 0.0) else f" [{default}]"
         text = meta["help"].replace("%", "%%") + shown
@@ -216,9 +258,14 @@ def from_arguments(arguments: argparse.Namespace) -> RunConfig:
     for name in _LISTS:
         if isinstance(values.get(name), str):
             values[name] = tuple(part for part in re.split(r",(?![^(]*\))", values[name]) if part)
-    if "data" in values:
-        values["data"] = (values["data"],) if isinstance(values["data"], str) else tuple(values["data"])
+    for name in _REPEATED:
+        if name in values:
+            values[name] = (values[name],) if isinstance(values[name], str) else tuple(values[name])
     return RunConfig(**values)
+
+
+_RENAMED = {"storage": "store"}
+"""Names in files of earlier versions."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -232,24 +279,20 @@ def read_toml(path: Path) -> dict[str, Any]:
     known = {item.name: item for item in dataclasses.fields(RunConfig)}
     values: dict[str, Any] = {}
     for name, value in data.items():
-        key = name.replace("-", "_")
+        key = _RENAMED.get(name, name.replace("-", "_"))
         if key not in known:
             raise ConfigError(f"--config {path}: unknown name {name!r}; known: {', '.join(sorted(known))}")
-        values[key] = _typed(path, name, value, str(known[key].type))
+        typed = _typed(path, name, value, str(known[key].type))
+        values[key] = (typed,) if key in _REPEATED and isinstance(typed, str) else typed
     return values
 
 
 def _typed(path: Path, name: str, value: Any, annotation: str) -> Any:
-    if annotation.startswith("tuple"):
-        if isinstance(value, str):
-            return value
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-    elif annotation == "int" and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif annotation == "float" and isinstance(value, (int, float)) and not isinstance(value, bool):
+    if "tuple" in annotation and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    if annotation == "float" and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    elif annotation not in ("int", "float") and isinstance(value, str):
+    if type(value) is {"int": int, "float": float, "bool": bool}.get(annotation, str):
         return value
     raise ConfigError(f"--config {path}: {name} = {value!r} is not {annotation}")
 
@@ -265,6 +308,8 @@ def to_toml(config: RunConfig) -> str:
 
 
 def _scalar(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return _quoted(value) if isinstance(value, str) else str(value)
 
 

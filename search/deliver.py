@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.config import RunConfig
+from search.export.registry import EXPORTERS
 from search.prepared import Prepared
+from spaces.runtimes import runtime
 
 if TYPE_CHECKING:
     from search.finalists import Finalist
     from search.results import Answer
     from search.session import Session
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    found = {name: importlib.metadata.version(name) for name in ("isolatency", "torch", "transformers", "optuna", "lightgbm")}
-    return {"python": platform.python_version(), **found}
 
 
 def policy_file_of(session: Session, prepared: Prepared, item: Finalist, answer: Answer) -> Any:
@@ -35,7 +29,7 @@ def policy_file_of(session: Session, prepared: Prepared, item: Finalist, answer:
             "metric": f"latency_ms ({workload.unit})",
             "value": item.latency_ms,
             "ci95": [item.lo_ms, item.hi_ms],
-            "source": "measured",
+            "source": item.label,
         },
         {"metric": "size_bytes", "value": item.size_bytes, "source": "measured"},
     ]
@@ -91,7 +85,8 @@ def deliver(session: Session, prepared: Prepared, answer: Answer, edits: Mapping
     folder = checkpoint_folder(session.config.folder, answer)
     session.switch.dense()
     if not folder.exists():
-        checkpoint.write(folder, session.loaded, file, edits)
+        with session.progress.busy("writing the checkpoint"):
+            checkpoint.write(folder, session.loaded, file, edits)
     session.progress.say(f"checkpoint: {folder} (search generate {folder})")
     for name in export_formats(session.config):
         export_answer(
@@ -101,7 +96,8 @@ def deliver(session: Session, prepared: Prepared, answer: Answer, edits: Mapping
 
 def export_formats(config: RunConfig) -> tuple[str, ...]:
     """The formats asked for, or the one that the runtime reads."""
-    return config.export or (("compressed-tensors",) if config.runtime == "vllm" else ("dense",))
+    own = runtime(config.runtime).export
+    return config.export or ((own,) if own in EXPORTERS else ("dense",))
 
 
 def export_answer(session: Session, name: str, file: Any, edits: Mapping[str, Any], folder: Path, required: bool) -> Any:
@@ -113,7 +109,8 @@ def export_answer(session: Session, name: str, file: Any, edits: Mapping[str, An
     session.switch.dense()
     try:
         if not folder.exists():
-            module.export(folder, session.loaded, file, edits)
+            with session.progress.busy(f"exporting as {name}"):
+                module.export(folder, session.loaded, file, edits)
     except ValueError as error:
         if required:
             raise
@@ -121,12 +118,10 @@ def export_answer(session: Session, name: str, file: Any, edits: Mapping[str, An
         return None
     switch: Switch = session.switch
     switch.edits(edits)
-    check = module.verify(folder, session.model, session.corpora["report"].tokens[:1])
+    with session.progress.busy(f"loading the {name} export back"):
+        check = module.verify(folder, session.model, session.corpora["report"].tokens[:1])
     switch.dense()
     if not check.ok:
-        raise ValueError(f"export {folder}: what stock transformers loads is not what was evaluated: {check.message}")
-    session.progress.say(
-        f"exported {folder}: loaded back, weights differ by {check.max_weight_diff:g}, NLL {check.nll_loaded:.4f} "
-        f"against {check.nll_reference:.4f} evaluated"
-    )
+        raise ValueError(f"export {folder}: what stock runtimes load is not what was evaluated: {check.message}")
+    session.progress.say(f"exported {folder}: {check.summary}")
     return check

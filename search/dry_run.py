@@ -10,7 +10,8 @@ from methods.rotate.model import refuses
 from profilers.table import LatencyTable
 from search.config import ConfigError, RunConfig
 from search.explore import FIRST_STAGE, N_SIMPLE
-from search.prepare import MIXED_RUNS, PROBES, table_keys
+from search.prepare import PROBES
+from search.pricing import MIXED_RUNS, table_keys
 from search.progress import Progress
 from search.session import Session
 
@@ -24,7 +25,8 @@ def dry_run(config: RunConfig, progress: Progress) -> dict[str, Any]:
         raise ConfigError(f"--transform {config.transform}: {reason}")
     space = session.space
     keys = table_keys(session)
-    table = LatencyTable.open(config.cache_folder / "tables", session.target)
+    target = session.target
+    table = LatencyTable.open(config.cache_folder / "tables", target) if target.present else session.elsewhere.table(keys)
     structure = session.loaded.structure
     compressed = sum(1 for choices in space.choices.values() for choice in choices if choice.decision != DENSE)
     formats = {choice.format.name for choices in space.choices.values() for choice in choices if choice.decision != DENSE}
@@ -32,12 +34,14 @@ def dry_run(config: RunConfig, progress: Progress) -> dict[str, Any]:
     first = n_uniform + N_SIMPLE + 1 + config.evaluations
     return {
         "model": f"{session.loaded.label}: {len(structure.blocks)} blocks, {structure.n_parameters} parameters",
-        "target": f"{session.target.name}: {session.target.description}, {session.target.threads} thread(s)",
+        "target": f"{target.name}: {target.description}, {target.threads} thread(s)",
         "transform": "none" if decision is None else f"{decision.label}, which is not done in a dry run",
-        "objective": f"{config.objective.text}, {config.load.unit}, {config.load.name}",
+        "objective": f"{config.objectives.text}, {config.load.unit}, {', '.join(load.name for load in config.workloads)}",
         "space": space.describe(),
-        "kernel cells to measure": f"{len(table.missing(keys))} of {len(keys)}",
-        "whole-model runs": min(4, len(formats)) + MIXED_RUNS + 1,
+        "kernel cells to measure": f"{len(table.missing(keys))} of {len(keys)}"
+        if target.present
+        else "none, the target is not here",
+        "whole-model runs": (min(4, len(formats)) + MIXED_RUNS + 1) * len(config.workloads) if target.present else 0,
         "compressed sites to make": f"{compressed} on {config.calibration_tokens} calibration tokens",
         "sensitivities": f"{compressed} scores from 1 forward and {PROBES} backward passes",
         "true evaluations": f"at most {first} of {FIRST_STAGE * config.sequence} tokens, the best again on {config.search_tokens}",

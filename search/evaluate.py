@@ -120,6 +120,10 @@ class Evaluator:
                     progress(index + 1, n)
         return self._quality(done[:n])
 
+    def dense(self) -> None:
+        """Give the model back as it was loaded, whatever an evaluation that failed had installed."""
+        self._switch.dense()
+
     def known(self, policy: Policy, kl_each: Sequence[float]) -> None:
         """Take over the KL of sequences that an earlier process evaluated, in order; their likelihood stays unknown (nan)."""
         done = self._done.setdefault(policy.key(), [])

@@ -156,7 +156,7 @@ def _share(
 def _timed(session: Session, policy: Policy, swapped: Mapping[str, Policy]) -> dict[str, float]:
     """What every group saves, in ms: whole models on the real kernels, interleaved, paired by round with the answer."""
     from profilers import end_to_end
-    from search.prepare import price
+    from search.pricing import price
 
     engine = session.engine(price(session))
     models: dict[str, Any] = {"": engine.materialize(session.edits(policy))}

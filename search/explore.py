@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,8 +12,10 @@ import numpy as np
 from methods.policy import Policy
 from predictors.features import ChoiceFacts, Features, SiteFacts
 from predictors.loss import Record, fit_loss
+from search.budget import Budget
 from search.config import RunConfig
 from search.evaluate import Evaluator, Quality
+from search.memory import out_of_memory
 from search.prepared import Prepared
 from search.progress import Progress
 from search.strategies.presets import Preset, uniform, within_budget
@@ -28,6 +30,9 @@ FIRST_STAGE = 4
 
 BATCH = 4
 """Candidates between two fits of the predictor."""
+
+N_CERTAIN = 2
+"""Candidates that are evaluated whatever is left of the budget: the solver's and a simple policy."""
 
 N_SIMPLE = 2
 """Simple policies of mixed kind (ends, kinds) that are evaluated besides the uniform ones."""
@@ -44,11 +49,15 @@ class Ranked:
 
 
 class Truth:
-    """True evaluations and their record: what any run of the study evaluated is not evaluated again."""
+    """True evaluations and their record: what any run of the study evaluated is not evaluated again.
 
-    def __init__(self, evaluator: Evaluator, store: Store, prepared: Prepared) -> None:
-        self._evaluator, self._store, self._prepared = evaluator, store, prepared
-        self.spent = 0
+    n_new: evaluations of this process; failed: reasons, by policy key, of those that ran out of memory. budget: what is left to spend.
+    """
+
+    def __init__(self, evaluator: Evaluator, store: Store, prepared: Prepared, budget: Budget) -> None:
+        self._evaluator, self._store, self._prepared, self.budget = evaluator, store, prepared, budget
+        self.n_new = 0
+        self.failed: dict[str, str] = {}
         for record in store.records():
             if record.role == ROLE:
                 evaluator.known(record.policy, record.per_sequence)
@@ -69,13 +78,27 @@ class Truth:
         return min(FIRST_STAGE, self.n_sequences) * self.tokens_each
 
     def quality(self, name: str, policy: Policy, n_sequences: int) -> Quality:
-        """KL on the first sequences, from the store or measured and stored."""
+        """KL on the first sequences, from the store or measured and stored.
+
+        Infinite where memory ran out: that is a failed trial with its reason, which a later run tries again.
+        """
         n = min(n_sequences, self.n_sequences)
-        n_tokens = n * self._evaluator.tokens.shape[1]
-        began = time.monotonic()
-        quality = self._evaluator.evaluate(policy, n)
-        if self._store.lookup(policy.key(), n_tokens, ROLE) is None:
-            self.spent += 1
+        n_tokens, began = n * self.tokens_each, time.monotonic()
+        known = self._store.lookup(policy.key(), n_tokens, ROLE)
+        self.budget.spend(policy.key(), n_tokens, known.seconds if known else 0.0)
+        try:
+            if policy.key() in self.failed:
+                return _infinite(n, n_tokens)
+            quality = self._evaluator.evaluate(policy, n)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            self._evaluator.dense()
+            self.failed[policy.key()] = f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            self._store.record_failure(policy, name, ROLE, self.failed[policy.key()])
+            return _infinite(n, n_tokens)
+        if known is None:
+            self.n_new += 1
             self._store.record(
                 TrialRecord(
                     policy=policy,
@@ -91,6 +114,10 @@ class Truth:
                 )
             )
         return quality
+
+
+def _infinite(n: int, n_tokens: int) -> Quality:
+    return Quality((np.inf,) * n, (np.nan,) * n, n_tokens)
 
 
 def features_of(prepared: Prepared) -> Features:
@@ -111,10 +138,10 @@ def features_of(prepared: Prepared) -> Features:
     )
 
 
-def first_stage_records(prepared: Prepared, store: Store, n_tokens: int) -> list[Record]:
+def first_stage_records(prepared: Prepared, trials: Iterable[TrialRecord], n_tokens: int) -> list[Record]:
     """Every policy of this space that was evaluated on the first stage's tokens, for the predictor."""
     records = []
-    for trial in store.records():
+    for trial in trials:
         if trial.role != ROLE or trial.n_tokens != n_tokens or not 0 < trial.kl < np.inf:
             continue
         try:
@@ -148,64 +175,106 @@ def short_name(name: str, prepared: Prepared) -> str:
 
 
 def explore(
-    prepared: Prepared, truth: Truth, store: Store, solution: Solution, budget_ms: float, config: RunConfig, progress: Progress
+    prepared: Prepared,
+    truth: Truth,
+    store: Store,
+    solution: Solution,
+    budget_ms: float,
+    config: RunConfig,
+    progress: Progress,
+    before: int,
 ) -> list[Ranked]:
-    """Candidates within the budget (kernel sum, ms) with their true quality on all search tokens, the best first."""
-    n_tokens = truth.first_tokens
-    features = features_of(prepared)
-    presets = simple_policies(prepared, budget_ms)
-    first: dict[str, tuple[str, Policy, Quality, bool]] = {}
+    """Candidates within `budget_ms` (kernel sum) with their true quality on all search tokens, the best first.
 
-    def evaluate(name: str, policy: Policy, simple: bool) -> Evaluated:
-        quality = truth.quality(name, policy, FIRST_STAGE)
-        first.setdefault(policy.key(), (name, policy, quality, simple))
-        stderr = 0.0 if np.isnan(quality.kl_stderr) else quality.kl_stderr
-        return Evaluated(policy, quality.kl, stderr, quality.n_tokens, prepared.sum_ms(policy))
-
-    total = len(presets) + 1 + config.evaluations
+    before: evaluations that the study held when this search began; the predictor learns from them and from this search's own, so that
+    a run that was killed proposes what it would have proposed. Where the truth's budget is used up, the rest is left out: the solver's
+    policy and the likeliest simple one are always evaluated, and candidates are compared on the first stage's tokens.
+    """
+    search, features = _Search(prepared, truth, budget_ms, progress), features_of(prepared)
+    presets = sorted(simple_policies(prepared, budget_ms), key=lambda preset: _promise(preset, prepared, budget_ms))
+    must = [("solver", solution.policy, False), *((preset.name, preset.policy, True) for preset in presets)]
+    total = len(must) + config.evaluations
+    strategy = Refine(
+        prepared.problem,
+        budget_ms,
+        [solution.policy],
+        lambda policies: fit_loss(search.records(store, before), features, config.seed).predict_log(policies),
+        kind=prepared.kind,
+        depth=prepared.depth,
+        seed=config.seed,
+    )
     with progress.bar("true evaluations") as update:
-        told = []
-        for index, (name, policy, simple) in enumerate(
-            [(preset.name, preset.policy, True) for preset in presets] + [("solver", solution.policy, False)]
-        ):
-            told.append(evaluate(name, policy, simple))
+        for index, candidate in enumerate(must):
+            if index < N_CERTAIN or not truth.budget.spent():
+                strategy.tell([search.evaluate(*candidate)])
             update(index + 1, total)
-
-        def rank(policies: Sequence[Policy]) -> tuple[np.ndarray, np.ndarray]:
-            return fit_loss(first_stage_records(prepared, store, n_tokens), features, config.seed).predict_log(policies)
-
-        strategy = Refine(
-            prepared.problem, budget_ms, [solution.policy], rank, kind=prepared.kind, depth=prepared.depth, seed=config.seed
-        )
-        strategy.tell(told)
         proposed = 0
-        while proposed < config.evaluations:
+        while proposed < config.evaluations and not truth.budget.spent():
             policies = strategy.ask(min(BATCH, config.evaluations - proposed))
             if not policies:
                 break
             for policy in policies:
+                if truth.budget.spent():
+                    break
                 proposed += 1
-                strategy.tell([evaluate(f"refined {policy.key()[:6]}", policy, False)])
-                update(len(presets) + 1 + proposed, total)
-    return _promote(prepared, truth, first, budget_ms, config, progress)
+                strategy.tell([search.evaluate(f"refined {policy.key()[:6]}", policy, False)])
+                update(len(must) + proposed, total)
+    return search.promoted(config.finalists)
 
 
-def _promote(
-    prepared: Prepared,
-    truth: Truth,
-    first: dict[str, tuple[str, Policy, Quality, bool]],
-    budget_ms: float,
-    config: RunConfig,
-    progress: Progress,
-) -> list[Ranked]:
-    """The best of the first stage on all search tokens: searched ones, and simple ones for the guard."""
-    fitting = [item for item in first.values() if prepared.sum_ms(item[1]) <= budget_ms * (1 + 1e-9)]
-    by_kl = sorted(fitting, key=lambda item: item[2].kl)
-    searched = [item for item in by_kl if not item[3]][: config.finalists + 2]
-    simple = [item for item in by_kl if item[3]][:2]
-    ranked = []
-    with progress.bar("promoted candidates") as update:
-        for index, (name, policy, _, is_simple) in enumerate([*searched, *simple]):
-            ranked.append(Ranked(name, policy, truth.quality(name, policy, truth.n_sequences), is_simple))
-            update(index + 1, len(searched) + len(simple))
-    return sorted(ranked, key=lambda item: item.quality.kl)
+def _promise(preset: Preset, prepared: Prepared, budget_ms: float) -> tuple[bool, float]:
+    """Ascending from the simple policy that the additive score likes best within the budget."""
+    return prepared.sum_ms(preset.policy) > budget_ms * (1 + 1e-9), prepared.loss(preset.policy)
+
+
+class _Search:
+    """The candidates of one search, in the order in which they were evaluated."""
+
+    def __init__(self, prepared: Prepared, truth: Truth, budget_ms: float, progress: Progress) -> None:
+        self._prepared, self._truth, self._budget_ms, self._progress = prepared, truth, budget_ms, progress
+        self._found: dict[str, Ranked] = {}
+        self._best = np.inf
+
+    def evaluate(self, name: str, policy: Policy, simple: bool) -> Evaluated:
+        """On the first stage's tokens."""
+        quality = self._truth.quality(name, policy, FIRST_STAGE)
+        self._found.setdefault(policy.key(), Ranked(name, policy, quality, simple))
+        if self._fits(policy) and quality.kl < self._best:
+            self._best = quality.kl
+            ms = self._prepared.map.predict(self._prepared.sum_ms(policy)).mean
+            self._progress.best = f"best so far: {name}, KL {quality.kl:.3g}, {ms:.4g} ms predicted"
+        stderr = 0.0 if np.isnan(quality.kl_stderr) else quality.kl_stderr
+        return Evaluated(policy, quality.kl, stderr, quality.n_tokens, self._prepared.sum_ms(policy))
+
+    def records(self, store: Store, before: int) -> list[Record]:
+        """What the predictor learns from."""
+        own = set(self._found)
+        trials = (trial for at, trial in enumerate(store.records()) if at < before or trial.policy.key() in own)
+        return first_stage_records(self._prepared, trials, self._truth.first_tokens)
+
+    def promoted(self, n_finalists: int) -> list[Ranked]:
+        """The best of the first stage on all search tokens: searched ones, and simple ones for the guard; the best first.
+
+        Raises ValueError where every evaluation failed.
+        """
+        fitting = [item for item in self._found.values() if self._fits(item.policy) and np.isfinite(item.quality.kl)]
+        if not fitting:
+            reason = next(iter(self._truth.failed.values()), "the model broke under each")
+            raise ValueError(
+                f"none of {len(self._found)} candidates could be evaluated: {reason}; use fewer --search-tokens or a shorter --sequence"
+            )
+        by_kl = sorted(fitting, key=lambda item: item.quality.kl)
+        chosen = [item for item in by_kl if not item.simple][: n_finalists + 2] + [item for item in by_kl if item.simple][:2]
+        ranked = []
+        with self._progress.bar("promoted candidates") as update:
+            for index, item in enumerate(chosen):
+                if self._truth.budget.spent():
+                    return [item for item in by_kl if item in chosen]
+                quality = self._truth.quality(item.name, item.policy, self._truth.n_sequences)
+                ranked += [replace(item, quality=quality)] if np.isfinite(quality.kl) else []
+                update(index + 1, len(chosen))
+        return sorted(ranked, key=lambda item: item.quality.kl)
+
+    def _fits(self, policy: Policy) -> bool:
+        problem = self._prepared.problem
+        return self._prepared.sum_ms(policy) <= self._budget_ms * (1 + 1e-9) and problem.meets(problem.indices(policy))

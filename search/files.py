@@ -4,16 +4,45 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from methods.atomic import write_text
+from methods.atomic import write_bytes, write_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def content_key(*parts: Any) -> str:
     """16 hex digits of the SHA-256 of JSON-serialisable parts."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+Value = TypeVar("Value")
+
+
+def kept_tensors(path: Path, make: Callable[[], Mapping[str, Tensor]], say: Callable[[str], None]) -> Mapping[str, Tensor]:
+    """Tensors that are made once and kept at a path with their checksum; `say` is told where the file is damaged and made again."""
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save
+
+    from methods.bank import tensors_digest
+
+    if path.exists():
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
+                stored = (file.metadata() or {}).get("sha256")
+            if stored in (None, tensors_digest("", found)):  # files of earlier versions carry none
+                return found
+        except SafetensorError:
+            pass
+        say(f"{path} is damaged: it is made again")
+    made = make()
+    write_bytes(path, save(dict(made), {"sha256": tensors_digest("", made)}))
+    return made
 
 
 class Steps:
@@ -37,6 +66,14 @@ class Steps:
         except (OSError, json.JSONDecodeError):
             return None
         return data.get("value") if isinstance(data, dict) else None
+
+    def made(self, name: str, key: str, compute: Callable[[], Value]) -> Value:
+        """The step's value, computed and kept where it was not; `compute` returns what JSON gives back as it was."""
+        value: Value | None = self.get(name, key)
+        if value is None:
+            value = compute()
+            self.put(name, key, value)
+        return value
 
     def put(self, name: str, key: str, value: Any) -> None:
         """Keep a step's value."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from methods.method import Edit
 from methods.policy import Policy
 from profilers import end_to_end
+from profilers.label import Label
 from profilers.table import LatencyTable
-from search.config import Objective
+from profilers.workload import Workload
 from search.evaluate import Evaluator, Quality, paired
 from search.explore import Ranked
+from search.files import content_key
 from search.in_order import compress_in_order, needs_order, ordered_bank
+from search.limits import name_of, reached_bytes, reached_ms
+from search.objectives import ByteLimit, Objective, Objectives
 from search.prepared import Prepared
 from search.session import Session, all_threads
 
@@ -27,11 +31,34 @@ CLEAR = 4.0
 
 
 @dataclass(frozen=True)
-class Finalist:
-    """A measured policy.
+class Met:
+    """One of the things asked for, and what a policy reaches of it.
 
-    latency_ms, lo_ms, hi_ms: p50 and its 95 % interval; ratio, ratio_lo, ratio_hi: to the dense model, paired by round; meets: the
-    upper bound is within the objective; kl…: on the validation text, per sequence in kl_each; recompressed: its weights were made in
+    value, lo, hi, limit: in `unit`: `ms`, `x` (of the dense model) or `bytes`; met: the upper bound is within the limit, or where the
+    latency is not of this machine its expectation.
+    """
+
+    name: str
+    value: float
+    lo: float
+    hi: float
+    limit: float
+    unit: str
+    met: bool
+
+    @property
+    def over(self) -> float:
+        """The upper bound as a share of the limit."""
+        return self.hi / self.limit
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A policy whose latency was measured, or where `label` says so, taken from tables of a target that is not here.
+
+    latency_ms, lo_ms, hi_ms: p50 of the main workload and its 95 % interval; ratio, ratio_lo, ratio_hi: to the dense model, paired by
+    round; met: everything that was asked for, the main objective first; meets: all of it;
+    kl…: on the validation text, per sequence in kl_each; recompressed: its weights were made in
     order on the compressed prefix, plain_kl is that of the others; report_…: on the report text, perplexity nan where the model
     wrote that text itself.
     """
@@ -59,80 +86,162 @@ class Finalist:
     perplexity: float = math.nan
     runtime_kl: float = math.nan
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    label: Label = "measured"
+    met: tuple[Met, ...] = ()
+
+    @property
+    def over(self) -> float:
+        """By how much the worst of the times asked for is exceeded: its upper bound as a share of the limit."""
+        return max((met.over for met in self.met if met.unit != "bytes"), default=0.0)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**vars(self), "policy": self.policy.canonical()}
+        return {**vars(self), "policy": self.policy.canonical(), "met": [vars(met) for met in self.met]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Finalist:
         """Inverse of `to_json`."""
-        return cls(**{**data, "policy": Policy.from_canonical(data["policy"]), "kl_each": tuple(data["kl_each"])})
+        met = tuple(Met(**item) for item in data.get("met", ()))
+        policy = Policy.from_canonical(data["policy"])
+        return cls(**{**data, "policy": policy, "kl_each": tuple(data["kl_each"]), "met": met})
 
 
 DENSE_NAME = "dense"
 
+Edits = Mapping[str, Edit]
+
 
 def measure(
-    session: Session, prepared: Prepared, table: LatencyTable, ranked: Sequence[Ranked], objective: Objective
+    session: Session,
+    prepared: Prepared,
+    table: LatencyTable,
+    ranked: Sequence[Ranked],
+    edits: Callable[[Policy], Mapping[str, Edit]] | None = None,
 ) -> list[Finalist]:
-    """Latency of every policy, materialised with the real kernels and interleaved with the dense model, which comes first."""
-    engine = session.engine(table)
-    dense = session.model if prepared.dense_name.startswith("eager") else engine.materialize({})
-    models = {DENSE_NAME: dense, **{item.policy.key(): engine.materialize(session.edits(item.policy)) for item in ranked}}
-    with session.progress.bar("end-to-end latency") as update:
-        found = end_to_end.measure(
+    """Latency of every policy in all workloads asked for, with the real kernels and interleaved with the dense model, which comes first.
+
+    On a target that is not here, what its tables give instead. edits: of a policy, `session.edits` by default.
+    """
+    items = [Ranked(DENSE_NAME, Policy(), Quality((0.0,), (0.0,), 0), True), *ranked]
+    if not session.target.present:
+        return [_assumed(session.config.objectives, prepared, item) for item in items]
+    runs = {
+        workload: _runs(session, prepared, table, items, workload, edits or session.edits)
+        for workload in session.config.objectives.workloads
+    }
+    return [_finalist(session, prepared, item, runs) for item in items]
+
+
+def _runs(
+    session: Session,
+    prepared: Prepared,
+    table: LatencyTable,
+    ranked: Sequence[Ranked],
+    workload: Workload,
+    edits: Callable[[Policy], Mapping[str, Edit]],
+) -> dict[str, end_to_end.Measurement]:
+    """Every policy's runs of one workload, by its key."""
+    engine = session.engine(table, workload)
+    models: dict[str, Any] = {}
+    for item in ranked:
+        eager = not item.policy.sites and prepared.dense_name.startswith("eager")
+        models[item.policy.key()] = session.model if eager else engine.materialize(edits(item.policy))
+    with session.progress.bar(f"end-to-end latency, {workload.phase}") as update:
+        return end_to_end.measure(
             models,
-            session.config.load,
+            workload,
             session.target,
             rounds=ROUNDS,
             cache=session.config.cache_folder,
             notify=session.progress.say,
             progress=update,
         )
-    reference = found[DENSE_NAME]
-    return [
-        _finalist(prepared, DENSE_NAME, Policy(), True, reference, reference, objective),
-        *(_finalist(prepared, i.name, i.policy, i.simple, found[i.policy.key()], reference, objective) for i in ranked),
-    ]
 
 
 def _finalist(
-    prepared: Prepared,
-    name: str,
-    policy: Policy,
-    simple: bool,
-    run: end_to_end.Measurement,
-    dense: end_to_end.Measurement,
-    objective: Objective,
+    session: Session, prepared: Prepared, item: Ranked, runs: Mapping[Workload, Mapping[str, end_to_end.Measurement]]
 ) -> Finalist:
-    ratio = run.ratio_to(dense)
+    dense = {workload: found[Policy().key()] for workload, found in runs.items()}
+    own = {workload: found[item.policy.key()] for workload, found in runs.items()}
+    asked, main = session.config.objectives, session.config.load
+    run, ratio = own[main], own[main].ratio_to(dense[main])
+    met = [_time_met(time, own[time.workload], dense[time.workload]) for time in asked.times]
+    met += [_bytes_met(prepared, size, item.policy) for size in asked.sizes]
     return Finalist(
-        name=name,
-        policy=policy,
-        simple=simple,
+        name=item.name,
+        policy=item.policy,
+        simple=item.simple,
         latency_ms=run.median_ms,
         lo_ms=run.lo_ms,
         hi_ms=run.hi_ms,
         ratio=ratio.mid,
         ratio_lo=ratio.lo,
         ratio_hi=ratio.hi,
-        predicted_ms=prepared.map.predict(prepared.sum_ms(policy)).mean,
-        meets=_meets(objective, run, dense, ratio),
-        size_bytes=prepared.size_bytes(policy),
-        contended=run.contended,
+        predicted_ms=prepared.map.predict(prepared.sum_ms(item.policy)).mean,
+        meets=all(one.met for one in met),
+        size_bytes=prepared.size_bytes(item.policy),
+        contended=any(measured.contended for measured in own.values()),
+        met=tuple(met),
     )
 
 
-def _meets(objective: Objective, run: end_to_end.Measurement, dense: end_to_end.Measurement, ratio: end_to_end.Ratio) -> bool:
+def _time_met(objective: Objective, run: end_to_end.Measurement, dense: end_to_end.Measurement) -> Met:
     """The upper bound is within the objective; a relative one must hold for the paired rounds and for the medians shown."""
+    name, limit = name_of(objective), objective.value
+    if objective.quantile != 0.5:
+        value, lo, hi = run.tail(objective.quantile)
+        return Met(name, value, lo, hi, limit, "ms", hi <= limit)
     if not objective.relative:
-        return run.hi_ms <= objective.value
-    return ratio.hi <= objective.value and run.median_ms <= objective.value * dense.median_ms
+        return Met(name, run.median_ms, run.lo_ms, run.hi_ms, limit, "ms", run.hi_ms <= limit)
+    ratio = run.ratio_to(dense)
+    met = ratio.hi <= limit and run.median_ms <= limit * dense.median_ms
+    return Met(name, ratio.mid, ratio.lo, ratio.hi, limit, "x", met)
+
+
+def _bytes_met(prepared: Prepared, asked: ByteLimit, policy: Policy) -> Met:
+    value = float(reached_bytes(prepared, asked.kind, policy))
+    return Met(name_of(asked), value, value, value, float(asked.value), "bytes", value <= asked.value)
+
+
+def _assumed(asked: Objectives, prepared: Prepared, item: Ranked) -> Finalist:
+    """A policy on a target that is not here: expected latencies, judged by their expectation."""
+    met = []
+    for time in asked.times:
+        ms, lo, hi, dense = reached_ms(prepared, time, item.policy)
+        scale = dense if time.relative else 1.0
+        met.append(
+            Met(
+                name_of(time),
+                ms / scale,
+                lo / scale,
+                hi / scale,
+                time.value,
+                "x" if time.relative else "ms",
+                ms <= time.resolve(dense),
+            )
+        )
+    met += [_bytes_met(prepared, size, item.policy) for size in asked.sizes]
+    ms, lo, hi, dense = reached_ms(prepared, asked.main, item.policy)
+    return Finalist(
+        name=item.name,
+        policy=item.policy,
+        simple=item.simple,
+        latency_ms=ms,
+        lo_ms=lo,
+        hi_ms=hi,
+        ratio=ms / dense,
+        ratio_lo=lo / dense,
+        ratio_hi=hi / dense,
+        predicted_ms=ms,
+        meets=all(one.met for one in met),
+        size_bytes=prepared.size_bytes(item.policy),
+        label=prepared.label,
+        met=tuple(met),
+    )
 
 
 class Judge:
-    """Quality of finalists on the validation and report text; the better of their weights is kept for export."""
+    """Quality of finalists on the validation and report text, kept in the study; the better of their weights is kept for export."""
 
     def __init__(self, session: Session, prepared: Prepared) -> None:
         self._session, self._prepared = session, prepared
@@ -143,18 +252,30 @@ class Judge:
             self._evaluators[role] = Evaluator(self._session.switch, self._session.corpora[role].tokens)
         return self._evaluators[role]
 
+    def _quality(self, role: str, title: str, policy: Policy, recompressed: bool, edits: Callable[[], Edits]) -> Quality:
+        session = self._session
+        texts = session.corpora[role].sha256, session.corpora["calibrate"].sha256
+        key = content_key(session.loaded.digest, *texts, policy.key(), recompressed)
+
+        def compute() -> dict[str, Any]:
+            with session.progress.bar(title) as update, all_threads():
+                return asdict(self._on(role).evaluate_edits(edits(), update))
+
+        found = session.steps.made(f"{role}-{key}", key, compute)
+        return Quality(tuple(found["kl_each"]), tuple(found["nll_each"]), found["n_tokens"])
+
     def validate(self, finalist: Finalist) -> Finalist:
         """With the KL of the bank's weights on the validation text."""
-        with self._session.progress.bar(f"validating {finalist.name}") as update, all_threads():
-            return _judged(finalist, self._on("validate").evaluate(finalist.policy, progress=update), recompressed=False)
+        policy = finalist.policy
+        found = self._quality("validate", f"validating {finalist.name}", policy, False, lambda: self._session.edits(policy))
+        return _judged(finalist, found, recompressed=False)
 
     def reordered(self, finalist: Finalist) -> Finalist:
         """With weights recompressed in order, where these are better on the validation text."""
         if not needs_order(finalist.policy):
             return finalist
-        edits = self.recompressed(finalist.policy)
-        with self._session.progress.bar("validating it recompressed") as update, all_threads():
-            again = self._on("validate").evaluate_edits(edits, update)
+        policy = finalist.policy
+        again = self._quality("validate", "validating it recompressed", policy, True, lambda: self.recompressed(policy))
         return _judged(finalist, again, recompressed=True) if again.kl < finalist.kl else finalist
 
     def recompressed(self, policy: Policy) -> dict[str, Edit]:
@@ -171,8 +292,8 @@ class Judge:
         generated = self._session.corpora["report"].generated
         if generated and not finalist.policy.sites:
             return replace(finalist, report_kl=0.0, report_kl_stderr=0.0)
-        with self._session.progress.bar(f"report text: {finalist.name}") as update, all_threads():
-            quality = self._on("report").evaluate_edits(self.edits(finalist), update)
+        title, policy = f"report text: {finalist.name}", finalist.policy
+        quality = self._quality("report", title, policy, finalist.recompressed, lambda: self.edits(finalist))
         return replace(
             finalist,
             report_kl=max(quality.kl, 0.0),

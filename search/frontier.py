@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from methods.atomic import write_text
 from methods.policy import Policy
+from profilers.label import Label
 
 
 class Fidelity(Enum):
@@ -26,9 +26,6 @@ class Fidelity(Enum):
     PREDICTED = "predicted"
     PROXY = "proxy"
     MEASURED = "measured"
-
-
-LatencyLabel = Literal["measured", "interpolated", "transferred", "modelled"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Candidate:
     size_bytes: int
     scores: Mapping[str, float] = field(default_factory=dict)
     role: str = ""
-    latency_label: LatencyLabel = "modelled"
+    latency_label: Label = "modelled"
 
     def __post_init__(self) -> None:
         numbers = (self.kl, self.kl_stderr, self.latency_lo, self.latency_ms, self.latency_hi)

@@ -122,6 +122,8 @@ def materialize(policy: Path, out: Path, config: RunConfig, study: Path | None, 
     else:
         # Nothing is searched or validated: a sequence of each, because the text is dealt out to all roles.
         config = replace(config, search_tokens=1, validation_tokens=1)
+    if not policy.is_file():
+        raise ConfigError(f"{policy}: no such file; give a policy, for example one of a study's policies/")
     session = Session(config, progress)
     file = policy_file.read(policy, session.stored.structure)
     cache_format(file.policy, session.stored.structure)
@@ -179,7 +181,7 @@ def _from_study(session: Session, file: policy_file.PolicyFile) -> dict[str, Edi
 def export_study(folder: Path, answer: Answer, name: str, out: Path | None, progress: Progress) -> tuple[Path, Any]:
     """Export a study's answer; returns the folder and what loading it back showed. Refuses what the format cannot express."""
     from search.deliver import checkpoint_folder, export_answer, policy_file_of
-    from search.run import check_same
+    from search.folder import check_same
 
     if answer.best is None:
         raise ConfigError(f"{folder}: no policy met {answer.objective}; there is nothing to export")

@@ -7,24 +7,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from methods import catalogue
 from methods.apply import site_view
 from methods.calibrate import sweep
-from methods.formats.format import parse_format
 from methods.method import Edit, Stats
 from methods.model.structure import Site
-from methods.policy import DENSE, Decision, Policy
-from predictors.latency import Run, fit_latency, unit_slope
+from methods.policy import DENSE, Decision
 from predictors.sensitivity import score
-from profilers import end_to_end
-from profilers.cells import site_cells
-from profilers.runtime import dense_candidates
-from profilers.sweep import measure
-from profilers.table import KernelKey, LatencyTable
+from profilers.checks import problems
+from profilers.roofline import kv_bytes
+from profilers.table import LatencyTable
+from profilers.workload import Workload
 from search.files import Steps, content_key
-from search.prepared import Option, Prepared, SiteOptions
+from search.prepared import Prepared, SiteOptions, WorkloadCost
+from search.pricing import label_of, price, priced_sites, whole_model
 from search.session import Session, all_threads
 
 PROBES = 4
@@ -32,7 +28,6 @@ PROBE_SEQUENCES = 8
 PROBE_LENGTH = 128
 SCORES = 2
 """Counts the formulas of `predictors.sensitivity`: scores of another one are computed again."""
-MIXED_RUNS = 6
 
 
 def prepare(session: Session, steps: Steps, key: str) -> Prepared:
@@ -40,8 +35,15 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
     began = time.monotonic()
     table = price(session)
     priced_s = time.monotonic() - began
-    sites = _sites(session, table)
-    fit = _cached(steps, "latency-map", content_key(key, session.target.fingerprint), lambda: fit_map(session, table, sites))
+    costs = priced_sites(session, table)
+    sites, workloads = costs[0], session.config.workloads
+    map_key = content_key(key, session.target.fingerprint)
+    fits = steps.made(
+        "latency-map",
+        map_key,
+        lambda: [whole_model(session, table, own, workload) for own, workload in zip(costs, workloads, strict=True)],
+    )
+    fit, label = fits[0], label_of(session, table, fits)
     mapped_s = time.monotonic() - began - priced_s
     corpora = session.corpora
     text_s = time.monotonic() - began - priced_s - mapped_s
@@ -50,7 +52,7 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
     calibrated_s = time.monotonic() - began - priced_s - mapped_s - text_s
     texts = (corpora["search"].sha256, corpora["calibrate"].sha256)
     score_key = content_key(key, session.loaded.digest, *texts, PROBES, PROBE_LENGTH, SCORES)
-    scores = _cached(steps, "scores", score_key, lambda: score_choices(session, decisions))
+    scores = steps.made("scores", score_key, lambda: score_choices(session, decisions))
     scored_s = time.monotonic() - began - priced_s - mapped_s - text_s - calibrated_s
     loaded = session.loaded
     site_bytes = sum(site.options[0].size_bytes for site in sites)
@@ -75,163 +77,27 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
             "fingerprint": session.target.fingerprint,
             "threads": session.target.threads,
             "compute_dtype": session.target.compute_dtype,
-            "contended": fit["contended"],
+            "contended": any(own["contended"] for own in fits),
         },
         data={role: {**corpus.summary(), "generated": corpus.generated} for role, corpus in corpora.items()},
-        notes=session.space.notes,
+        notes=(*session.space.notes, *_doubts(session, table)),
+        tail=fit["tail"],
+        also=tuple(map(_also, costs[1:], fits[1:], workloads[1:])),
+        kv_bytes=max(kv_bytes(loaded.structure, workload, session.target.dtype.itemsize) for workload in workloads),
+        workload=workloads[0].name,
+        label=label,
         seconds={"table": priced_s, "map": mapped_s, "text": text_s, "calibration": calibrated_s, "scores": scored_s},
     )
 
 
-def _cached(steps: Steps, name: str, key: str, compute: Any) -> Any:
-    value = steps.get(name, key)
-    if value is None:
-        value = compute()
-        steps.put(name, key, value)
-    return value
+def _also(sites: Sequence[SiteOptions], fit: Mapping[str, Any], workload: Workload) -> WorkloadCost:
+    ms = tuple(tuple(option.ms * fit["scales"].get(option.kernel, 1.0) for option in site.options) for site in sites)
+    return WorkloadCost(workload.name, ms, fit["map"], tuple(fit["dense_ms"]), fit["tail"])
 
 
-def table_keys(session: Session) -> list[KernelKey]:
-    """Every distinct cell that the space can ask for."""
-    tokens = session.config.load.tokens_in_flight
-    found: dict[KernelKey, None] = {}
-    for site in session.loaded.structure.sites:
-        for choice in session.space.choices[site.name]:
-            for key, _ in site_cells(site, choice.format, tokens, session.experts_per_token):
-                found[key] = None
-    return list(found)
-
-
-def price(session: Session) -> LatencyTable:
-    """The device's latency table, with every cell of the space measured."""
-    keys = table_keys(session)
-    table = LatencyTable.open(session.config.cache_folder / "tables", session.target)
-    missing = table.missing(keys)
-    if missing:
-        session.progress.say(f"measuring {len(missing)} kernel cells on {session.target.description}")
-        with session.progress.bar("latency table") as update:
-            measure(session.target, keys, table, progress=update, notify=session.progress.say)
-    return table
-
-
-def _sites(session: Session, table: LatencyTable) -> tuple[SiteOptions, ...]:
-    """Sites with priced options; an option whose kernels failed their checks is left out."""
-    tokens = session.config.load.tokens_in_flight
-    sites = []
-    for site in session.loaded.structure.sites:
-        options = []
-        for choice in session.space.choices[site.name]:
-            cells = site_cells(site, choice.format, tokens, session.experts_per_token)
-            if not all(table.has(key) for key, _ in cells):
-                continue
-            best = [(table.best(key), count) for key, count in cells]
-            options.append(
-                Option(
-                    label=choice.decision.label,
-                    format=choice.format.name,
-                    bits_per_weight=choice.bits_per_weight,
-                    size_bytes=choice.size_bytes,
-                    ms=sum(timing.median_ms * count for (_, timing), count in best),
-                    kernel=best[0][0][0],
-                )
-            )
-        sites.append(SiteOptions(site.name, site.kind, site.block, site.n_weights, tuple(_worth_having(options))))
-    return tuple(sites)
-
-
-def _worth_having(options: Sequence[Option]) -> list[Option]:
-    """Options that are faster than every one with at least their weight and activation bits: the others cannot be the better choice.
-
-    Dropped before anything is calibrated. The dense option stays.
-    """
-    formats = {option.label: parse_format(option.format) for option in options}
-
-    def beaten(option: Option) -> bool:
-        mine = formats[option.label]
-        return any(
-            other.ms <= option.ms
-            and other.bits_per_weight > option.bits_per_weight
-            and formats[other.label].act_bits >= mine.act_bits
-            for other in options
-        )
-
-    return [option for option in options if option.label == DENSE.label or not beaten(option)]
-
-
-def fit_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions]) -> dict[str, Any]:
-    """Whole-model runs of a few policies, each interleaved with the dense model, and the map fitted on them."""
-    target, workload, cache = session.target, session.config.load, session.config.cache_folder
-    policies = map_policies(sites, session.config.seed)
-    options = {(site.name, option.label): option for site in sites for option in site.options}
-    engine = session.engine(table)
-    candidates = dense_candidates(session.model, session.loaded.structure, target, table, workload)
-    found = end_to_end.measure(candidates, workload, target, rounds=6, cache=cache, notify=session.progress.say)
-    dense_name = min(found, key=lambda name: found[name].median_ms)
-    dense = candidates[dense_name]
-    del candidates
-    dense_runs, ratios = [], []
-    contended = False
-    with session.progress.bar("whole-model runs") as update:
-        for index, (_, policy) in enumerate(policies):
-            models = {"dense": dense, "policy": engine.materialize(session.rounded_edits(policy))}
-            run = end_to_end.measure(models, workload, target, rounds=12, cache=cache, notify=session.progress.say)
-            contended = contended or run["policy"].contended
-            dense_runs.append(run["dense"])
-            ratios.append(run["policy"].ratio_to(run["dense"]))
-            update(index + 1, len(policies))
-    level = float(np.median([run.median_ms for run in dense_runs]))
-    lo, hi = float(np.median([run.lo_ms for run in dense_runs])), float(np.median([run.hi_ms for run in dense_runs]))
-
-    def run_of(policy: Policy, ms: tuple[float, float, float]) -> Run:
-        taken = [options[site.name, policy.at(site.name)[0].label] for site in sites]
-        parts = {kernel: sum(o.ms for o in taken if o.kernel == kernel) for kernel in {o.kernel for o in options.values()}}
-        return Run(policy.key(), sum(o.ms for o in taken), *ms, features=parts)
-
-    runs = [run_of(Policy(), (level, min(lo, level), max(hi, level)))]
-    for (_, policy), ratio in zip(policies, ratios, strict=True):
-        runs.append(run_of(policy, (ratio.mid * level, ratio.lo * level, ratio.hi * level)))
-    try:
-        fitted, scales = fit_latency(runs).collapsed()
-    except ValueError as error:
-        session.progress.say(f"{error}; kernel times are taken as they are instead")
-        fitted, scales = unit_slope(runs), {}
-    session.progress.say(
-        f"dense model: {level:.1f} {workload.unit} ({dense_name}); whole-model map from {len(runs)} runs, "
-        f"leave-one-out error {fitted.loo_error.mean:.1%} mean, {fitted.loo_error.max:.1%} worst"
-    )
-    return {
-        "map": fitted.to_dict(),
-        "scales": scales,
-        "dense_ms": [level, min(lo, level), max(hi, level)],
-        "dense_name": dense_name,
-        "contended": contended,
-    }
-
-
-def map_policies(sites: Sequence[SiteOptions], seed: int) -> list[tuple[str, Policy]]:
-    """Policies that span the space: one format everywhere, from fast to slow, and random mixtures of them."""
-    names = {option.format for site in sites for option in site.options[1:]}
-    mean = {
-        name: np.mean([o.ms / site.options[0].ms for site in sites for o in site.options if o.format == name]) for name in names
-    }
-    ordered = sorted(names, key=lambda name: float(mean[name]))
-    picked = list(dict.fromkeys([ordered[round(i * (len(ordered) - 1) / 3)] for i in range(4)])) if ordered else []
-    policies = [(f"uniform {name}", _with_format(sites, lambda _s, name=name: name)) for name in picked]
-    generator = np.random.default_rng(seed)
-    for index in range(MIXED_RUNS):
-        weights = generator.dirichlet([*np.full(len(ordered), 0.7), 0.7 if index % 2 else len(ordered)])
-        mixed = {site.name: str(generator.choice([*ordered, "none"], p=weights)) for site in sites}
-        policies.append((f"mixed {index + 1}", _with_format(sites, lambda site, mixed=mixed: mixed[site])))
-    return list({policy.key(): (name, policy) for name, policy in policies if policy.sites}.values())
-
-
-def _with_format(sites: Sequence[SiteOptions], wanted: Any) -> Policy:
-    decisions = {}
-    for site in sites:
-        option = next((o for o in site.options if o.format == wanted(site.name) and o.label != DENSE.label), None)
-        if option is not None:
-            decisions[site.name] = (Decision.parse(option.label),)
-    return Policy(decisions)
+def _doubts(session: Session, table: LatencyTable) -> list[str]:
+    """What the table's own checks found against it."""
+    return [f"the latency table of {session.target.name} fails its own checks: {problem}" for problem in problems(table)]
 
 
 Decisions = Mapping[str, Sequence[Decision]]

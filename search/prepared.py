@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,8 +12,11 @@ import numpy as np
 
 from methods.formats.format import Format, parse_format
 from methods.policy import Decision, Policy
+from predictors.assumed import KIND as ASSUMED
+from predictors.assumed import AssumedMap
 from predictors.latency import LatencyModel
-from search.strategies.problem import Problem
+from profilers.label import Label
+from search.strategies.problem import Limit, Problem
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,36 @@ class SiteOptions:
 
 
 @dataclass(frozen=True)
+class WorkloadCost:
+    """What the options cost in another workload than the main one.
+
+    model_ms: by site and option; latency: its map; dense_ms, tail: as in `Prepared`.
+    """
+
+    workload: str
+    model_ms: tuple[tuple[float, ...], ...]
+    latency: Mapping[str, Any]
+    dense_ms: tuple[float, float, float]
+    tail: float
+
+    @cached_property
+    def map(self) -> LatencyModel | AssumedMap:
+        """The whole-model latency map of this workload."""
+        return read_map(self.latency)
+
+
+def read_map(data: Mapping[str, Any]) -> LatencyModel | AssumedMap:
+    """A map from its plain values, whichever it is."""
+    return AssumedMap.from_dict(data) if data.get("kind") == ASSUMED else LatencyModel.from_dict(data)
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A study before its objective: sites with priced and scored options, and the map from their sum to the whole model.
 
-    fixed_ms: cost of what no decision changes but the table has measured (the output projection); dense_ms: median latency of the
-    dense reference with its 95 % interval; other_bytes: everything outside the sites.
+    dense_ms: median latency of the dense reference with its 95 % interval; tail: its 95th percentile over its median, interruptions
+    included, nan where nothing was run; other_bytes: everything outside the sites; also: the costs in the other workloads; kv_bytes:
+    the largest one's cache; workload: the main one; label: of all latencies here; limits: what a policy has to keep besides.
     """
 
     sites: tuple[SiteOptions, ...]
@@ -64,6 +93,12 @@ class Prepared:
     data: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    tail: float = math.nan
+    also: tuple[WorkloadCost, ...] = ()
+    kv_bytes: int = 0
+    workload: str = ""
+    label: Label = "measured"
+    limits: tuple[Limit, ...] = ()
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Prepared:
@@ -71,16 +106,21 @@ class Prepared:
         sites = tuple(
             SiteOptions(**{**site, "options": tuple(Option(**option) for option in site["options"])}) for site in data["sites"]
         )
-        return cls(**{**data, "sites": sites, "dense_ms": tuple(data["dense_ms"]), "notes": tuple(data["notes"])})
+        also = tuple(
+            WorkloadCost(**{**cost, "model_ms": tuple(map(tuple, cost["model_ms"])), "dense_ms": tuple(cost["dense_ms"])})
+            for cost in data.get("also", ())
+        )
+        whole = {"sites": sites, "dense_ms": tuple(data["dense_ms"]), "notes": tuple(data["notes"]), "also": also}
+        return cls(**{**data, **whole})
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """Plain values, without the limits: they belong to an objective."""
+        return {name: value for name, value in asdict(replace(self, limits=())).items() if name != "limits"}
 
     @cached_property
-    def map(self) -> LatencyModel:
-        """The whole-model latency map."""
-        return LatencyModel.from_dict(self.latency)
+    def map(self) -> LatencyModel | AssumedMap:
+        """The whole-model latency map of the main workload."""
+        return read_map(self.latency)
 
     @cached_property
     def problem(self) -> Problem:
@@ -91,6 +131,7 @@ class Prepared:
             tuple(np.array([option.loss for option in site.options]) for site in self.sites),
             tuple(np.array([option.model_ms for option in site.options]) for site in self.sites),
             tuple(np.array([option.size_bytes for option in site.options], dtype=np.float64) for site in self.sites),
+            self.limits,
         )
 
     @cached_property
@@ -124,6 +165,11 @@ class Prepared:
     def sum_ms(self, policy: Policy) -> float:
         """Sum of the sites' kernel latencies, as they count in a whole model."""
         return sum(self.option(site.name, policy.at(site.name)[0]).model_ms for site in self.sites)
+
+    def also_ms(self, cost: WorkloadCost, policy: Policy) -> float:
+        """`sum_ms` in another workload."""
+        indices = self.problem.indices(policy)
+        return sum(own[j] for own, j in zip(cost.model_ms, indices, strict=True))
 
     def loss(self, policy: Policy) -> float:
         """Additive predicted loss, nats per token."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,10 +12,15 @@ from typing import TextIO
 
 _EVERY_S = 0.2
 _QUIET_EVERY_S = 15.0
+_SHORT_S = 2.0
+"""What takes no longer leaves no line."""
 
 
 class Progress:
-    """Writes steps and a line that counts, with time left. On a terminal the line is redrawn, elsewhere repeated now and then."""
+    """Writes steps and a line that counts, with time left. On a terminal the line is redrawn, elsewhere repeated now and then.
+
+    best: the best that the search has found so far, in words; stands in every line that counts.
+    """
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False) -> None:
         self._stream = stream or sys.stderr
@@ -21,6 +28,7 @@ class Progress:
         self._start = time.monotonic()
         self._live = self._stream.isatty()
         self._drawn = False
+        self.best = ""
 
     def say(self, text: str) -> None:
         """One line, with the time since the start."""
@@ -43,17 +51,47 @@ class Progress:
                 return
             last[0] = now
             left = (now - begun) / max(done, 1) * (total - done)
-            self._draw(f"  {name}: {done}/{total}, {_clock(left)} left")
+            best = f"; {self.best}" if self.best else ""
+            self._draw(f"  {name}: {done}/{total}, {_clock(left)} left{best}")
 
-        yield update
-        if time.monotonic() - begun > 2:
-            self.say(f"{name}: {_clock(time.monotonic() - begun)}")
-        else:
+        with self._closed(name, begun):
+            yield update
+
+    @contextmanager
+    def busy(self, name: str) -> Iterator[None]:
+        """What cannot be counted: says how long it has taken, now and then and when it is done."""
+        begun, done = time.monotonic(), threading.Event()
+
+        def show() -> None:
+            while not done.wait(1 if self._live else _QUIET_EVERY_S):
+                if time.monotonic() - begun > _SHORT_S:
+                    self._draw(f"  {name}: {_clock(time.monotonic() - begun)} so far")
+
+        thread = threading.Thread(target=show, daemon=True)
+        if not self._quiet:
+            thread.start()
+        with self._closed(name, begun):
+            try:
+                yield
+            finally:
+                done.set()
+                if not self._quiet:
+                    thread.join()
+
+    @contextmanager
+    def _closed(self, name: str, begun: float) -> Iterator[None]:
+        """Afterwards the line that counted is gone; what took long leaves one that says so, where it did not fail."""
+        try:
+            yield
+        finally:
             self._clear()
+        if time.monotonic() - begun > _SHORT_S:
+            self.say(f"{name}: {_clock(time.monotonic() - begun)}")
 
     def _draw(self, text: str) -> None:
         if self._live:
-            self._stream.write(f"\r\x1b[K{text}")
+            width = shutil.get_terminal_size().columns - 1  # a longer line would wrap, and only its end could be cleared
+            self._stream.write(f"\r\x1b[K{text[:width]}")
             self._drawn = True
         else:
             self._stream.write(text + "\n")

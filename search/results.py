@@ -4,40 +4,49 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from methods.atomic import write_text
+from predictors.assumed import AssumedMap
 from predictors.intervals import normal_interval
+from predictors.latency import LatencyModel
 from predictors.loss import PredictorReport
+from profilers.workload import Workload
 from search.config import ConfigError, RunConfig
-from search.finalists import DENSE_NAME, Finalist
+from search.finalists import DENSE_NAME, Finalist, Met
 from search.frontier import Candidate, Fidelity, frontier, write_csv
+from search.limits import under
+from search.objectives import Objective, Objectives, file_name
 from search.prepared import Prepared
 from search.report import content
-from search.report.content import DataUse, Entry, Guard, LatencyFit, ReportData
+from search.report.content import DataUse, Entry, Guard, LatencyFit, ReportData, Verdict
 from search.report.honesty import Pair
 from search.report.limits import BUYS, limits, shares, slopes
 from search.report.page import write_page
 from search.report.picture import write_picture
 from search.report.table import candidate_table
+from search.strategies.problem import Infeasible
 from search.strategies.solve import solve
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Answer:
     """The outcome for one objective: every finalist, which of them is the answer, and how it was found.
 
-    chosen: position in `finalists`, None where none meets the objective; verdict: `met`, or `not met` (also on a machine too contended
-    to tell); simple: position of the best simple policy that meets it; difference: KL of the best searched policy minus that of the
+    chosen: position in `finalists`, None where none meets the objective; verdict: `met`, `not met` (also on a machine too contended
+    to tell), or `unvalidated` where the target is not here;
+    simple: position of the best simple policy that meets it; difference: KL of the best searched policy minus that of the
     simple one, paired on the validation text, with its standard error.
     """
 
     objective: str
     limit_ms: float
-    verdict: str
+    verdict: Verdict
     finalists: tuple[Finalist, ...]
     chosen: int | None
     simple: int | None
@@ -70,20 +79,30 @@ class Answer:
 def answers(folder: Path) -> dict[str, Answer]:
     """All answers of a study, by objective, the oldest first."""
     files = sorted((folder / "answers").glob("*.json"), key=lambda path: path.stat().st_mtime)
-    return {answer.objective: answer for answer in (Answer.from_json(json.loads(path.read_text())) for path in files)}
+    return {answer.objective: answer for answer in (_read(path, Answer.from_json) for path in files)}
+
+
+def _read(path: Path, parse: Callable[[Any], Value]) -> Value:
+    """A study's own file; raises ConfigError, with its name, where it does not hold what this program writes."""
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path}: damaged, or of another version of this program ({error}); remove it and repeat `search run`"
+        ) from error
 
 
 def policy_name(finalist: Finalist, answer: Answer) -> str:
     """A file name: the objective for the answer, the preset's name for a simple policy."""
     if finalist is answer.best:
-        return answer.objective
+        return file_name(answer.objective)
     text = "".join(c if c.isalnum() else "-" for c in finalist.name)
     return "-".join(filter(None, text.split("-")))
 
 
 def save(folder: Path, answer: Answer, prepared: Prepared, config: RunConfig, policies: Mapping[str, str]) -> None:
     """Write an answer, its policies (name -> text of the file), the frontier of all answers, the picture and the report."""
-    write_text(folder / "answers" / f"{answer.objective}.json", json.dumps(answer.to_json(), indent=1))
+    write_text(folder / "answers" / f"{file_name(answer.objective)}.json", json.dumps(answer.to_json(), indent=1))
     for name, text in policies.items():
         write_text(folder / "policies" / f"{name}.yaml", text)
     data = report_data(folder, answer, prepared, config)
@@ -97,7 +116,7 @@ def saved_prepared(folder: Path) -> Prepared:
     path = folder / "steps" / "prepared.json"
     if not path.exists():
         raise ConfigError(f"{folder}: nothing is prepared there yet; repeat `search run` to finish it")
-    return Prepared.from_json(json.loads(path.read_text())["value"])
+    return _read(path, lambda data: Prepared.from_json(data["value"]))
 
 
 def saved_answer(folder: Path, objective: str = "") -> Answer:
@@ -117,19 +136,26 @@ def saved_report(folder: Path, objective: str = "") -> ReportData:
     return report_data(folder, saved_answer(folder, objective), saved_prepared(folder), saved_config(folder))
 
 
-def measured_entries(folder: Path, answer: Answer) -> list[Entry]:
-    """Everything measured in this study, each policy once: this answer's finalists first, then those of other objectives.
+def measured_entries(folder: Path, answer: Answer, workloads: Sequence[Workload]) -> list[Entry]:
+    """Everything measured in the main workload of an answer, each policy once: its finalists first, then those of other objectives.
 
     Machines drift between runs, so that the others' latencies are their measured ratios to the dense model of their own run, times the
     dense model's latency in this one.
     """
     entries: dict[str, Entry] = {}
-    others = [other for name, other in answers(folder).items() if name != answer.objective]
+    main = Objectives.parse(answer.objective, workloads).main.workload
+    others = [
+        other
+        for name, other in answers(folder).items()
+        if name != answer.objective and Objectives.parse(name, workloads).main.workload == main
+    ]
     dense_ms = answer.finalists[0].latency_ms
     for source in [answer, *reversed(others)]:
         for finalist in source.finalists:
             if source is not answer:
                 finalist = _rescaled(finalist, dense_ms)
+            if finalist.label != answer.finalists[0].label:
+                continue  # what was measured and what was not never share a table
             if math.isnan(finalist.report_kl) or finalist.policy.key() in entries:
                 continue
             if finalist.name == DENSE_NAME:
@@ -151,13 +177,13 @@ def _rescaled(finalist: Finalist, dense_ms: float) -> Finalist:
 
 
 def candidate(finalist: Finalist) -> Candidate:
-    """A finalist as a measured candidate, its quality on the report text."""
+    """A finalist as a candidate, its quality on the report text: measured, or a proxy where its latency is of a target that is not here."""
     scores = {} if math.isnan(finalist.perplexity) else {"perplexity": finalist.perplexity}
     scores |= {f"{task} {metric}": value for task, found in finalist.tasks.items() for metric, value in found.items()}
     return Candidate(
         policy=finalist.policy,
         name=finalist.name,
-        fidelity=Fidelity.MEASURED,
+        fidelity=Fidelity.MEASURED if finalist.label == "measured" else Fidelity.PROXY,
         kl=finalist.report_kl,
         kl_stderr=0.0 if math.isnan(finalist.report_kl_stderr) else finalist.report_kl_stderr,
         latency_ms=finalist.latency_ms,
@@ -166,17 +192,20 @@ def candidate(finalist: Finalist) -> Candidate:
         size_bytes=finalist.size_bytes,
         scores=scores,
         role="report",
-        latency_label="measured",
+        latency_label=finalist.label,
     )
 
 
 def predicted_curve(prepared: Prepared, pace: float = 1.0, n: int = 16) -> list[Candidate]:
-    """The solver's predicted frontier over the whole range of latencies; pace: by what latencies are multiplied."""
+    """The solver's predicted frontier over the range of latencies that leaves its limits room; pace: by what latencies are multiplied."""
     problem = prepared.problem
     low, high = problem.fastest_ms, sum(float(t[0]) for t in problem.latency_ms)
     found = {}
     for index in range(n):
-        solution = solve(problem, low + (high - low) * index / (n - 1) + 1e-9, time_limit_s=2.0)
+        try:
+            solution = solve(problem, low + (high - low) * index / (n - 1) + 1e-9, time_limit_s=2.0)
+        except Infeasible:
+            continue
         ms = prepared.map.predict(solution.latency_ms)
         found[solution.policy.key()] = Candidate(
             policy=solution.policy,
@@ -202,7 +231,12 @@ def latency_pairs(folder: Path, answer: Answer, prepared: Prepared) -> tuple[Pai
     found = {}
     for source in [answer, *answers(folder).values()]:
         for item in source.finalists:
-            if item.policy.sites and item.policy.key() not in fitted and prepared.covers(item.policy):
+            if (
+                item.label == "measured"
+                and item.policy.sites
+                and item.policy.key() not in fitted
+                and prepared.covers(item.policy)
+            ):
                 bound = prepared.map.predict(prepared.sum_ms(item.policy))
                 pair = Pair(bound.mean / dense, bound.lo / dense, bound.hi / dense, measured=item.ratio)
                 found[source.objective, item.policy.key()] = pair
@@ -214,7 +248,13 @@ def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunCon
 
     Machines drift: what was predicted is told at the pace of the run that the answer's latencies come from, by the dense model's.
     """
-    entries = measured_entries(folder, answer)
+    asked = Objectives.parse(answer.objective, config.stated_workloads)
+    prepared = under(prepared, asked)
+    if asked.main.workload.name != prepared.workload:
+        raise ConfigError(
+            f"{folder}: its last run was about {prepared.workload}; repeat `search run` with {answer.objective} to see that answer again"
+        )
+    entries = measured_entries(folder, answer, config.stated_workloads)
     pace = answer.finalists[0].latency_ms / prepared.dense_ms[0]
     map_ = prepared.map
     generated = any(use["generated"] for use in prepared.data.values())
@@ -222,20 +262,15 @@ def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunCon
         study=config.study_name,
         model=str(prepared.model["label"]),
         target=f"{prepared.target['name']} ({prepared.target['description']}), {prepared.target['threads']} thread(s)",
-        objective=content.Objective(answer.objective, answer.limit_ms, config.load.unit, config.load.name),
-        verdict="met" if answer.verdict == "met" else "not met",
+        objective=content.Objective(asked.main.text, answer.limit_ms, _unit(asked.main), asked.main.workload.name),
+        verdict=answer.verdict,
+        also=tuple(map(_met_words, answer.best.met[1:] if answer.best else ())),
         measured=tuple(entries),
         predicted=tuple(predicted_curve(prepared, pace)),
         sites=tuple((site.name, site.kind, site.block) for site in prepared.sites),
         dense_format=prepared.sites[0].options[0].format,
         guard=guard(answer),
-        latency_fit=LatencyFit(
-            f"T = {map_.b0:.3g} ms + {map_.b1:.3g} × sum of the sites' kernel times",
-            len(map_.runs),
-            map_.loo_error.mean,
-            map_.loo_error.max,
-            map_.coverage,
-        ),
+        latency_fit=_fit(map_),
         predictor=None if answer.predictor is None else PredictorReport(**{**answer.predictor, **_tuples(answer.predictor)}),
         shadow_price=answer.shadow_price / pace,
         data=tuple(
@@ -255,6 +290,24 @@ def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunCon
         perplexity_note="the text was written by the model itself" if generated else "",
         notes=(*map(str, prepared.model["notes"]), *prepared.notes, *answer.notes),
     )
+
+
+def _unit(objective: Objective) -> str:
+    return f"{objective.workload.unit} (95th percentile)" if objective.quantile != 0.5 else objective.workload.unit
+
+
+def _fit(map_: LatencyModel | AssumedMap) -> LatencyFit | None:
+    if isinstance(map_, AssumedMap):
+        return None
+    formula = f"T = {map_.b0:.3g} ms + {map_.b1:.3g} × sum of the sites' kernel times"
+    return LatencyFit(formula, len(map_.runs), map_.loo_error.mean, map_.loo_error.max, map_.coverage)
+
+
+def _met_words(met: Met) -> str:
+    """What was also asked for, and what became of it."""
+    if met.unit == "bytes":
+        return f"{met.name}: {'met' if met.met else 'not met'} with {content.mebibytes(met.value)}."
+    return f"{met.name}: {'met' if met.met else 'not met'} with {met.value:.4g} {met.unit} [{met.lo:.4g}, {met.hi:.4g}]."
 
 
 def _tuples(predictor: Mapping[str, Any]) -> dict[str, Any]:

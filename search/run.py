@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from methods.atomic import write_text
+from methods.atomic import remove_abandoned
 from methods.policy import Policy
-from search.config import ConfigError, Objective, RunConfig, read_toml, to_toml
-from search.deliver import deliver, policy_text, versions
+from search.budget import Budget
+from search.config import ConfigError, RunConfig, device_folders
+from search.deliver import deliver, policy_text
+from search.environment import environment
 from search.files import Steps, content_key
+from search.folder import check_same, open_store, open_study, study_key
+from search.limits import kernel_budget, median_limit, tightened, under
+from search.objectives import Objective
 from search.prepared import Prepared
 from search.progress import Progress
 from search.strategies.problem import Infeasible
 from search.strategies.solve import Solution, solve
 
 if TYPE_CHECKING:
-    from search.explore import Ranked
+    from search.explore import Ranked, Truth
     from search.finalists import Finalist
+    from search.report.content import Verdict
     from search.results import Answer
     from search.session import Session
+    from search.study import Store
 
 ATTEMPTS = 3
 """Times that a missed objective is tightened and solved again before the run says that it cannot be met."""
@@ -35,8 +43,6 @@ MARGIN = 0.005
 
 DRIFT = 1.15
 """Change of the dense model's latency between pricing and validation that the answer mentions."""
-
-_VERSION = 1
 
 
 class Unreachable(ValueError):
@@ -62,32 +68,49 @@ def run_study(
     """
     progress = progress or Progress(quiet=True)
     objective = config.objective
-    folder = open_study(config)
-    steps = Steps(folder / "steps")
-    key = study_key(config)
-    stored = steps.get("prepared", key)
-    session: Session | None = None
-    if stored is None:
-        session = _session(config, progress)
-        prepared = prepare_study(session, steps, key)
-    else:
-        prepared = Prepared.from_json(stored)
-    first = resolve(prepared, objective, config)
-    progress.say(describe_solution(prepared, first, config))
-    if resolved:
-        resolved(prepared, first)
-    return validate_study(session or _session(config, progress), prepared, first, objective)
+    _check_target(config)
+    with open_study(config) as folder:
+        remove_abandoned(config.cache_folder)
+        steps = Steps(folder / "steps")
+        key = study_key(config)
+        stored = steps.get("prepared", key)
+        session: Session | None = None
+        if stored is None:
+            session = _session(config, progress)
+            prepared = prepare_study(session, steps, key)
+        else:
+            prepared = Prepared.from_json(stored)
+        prepared = under(prepared, config.objectives)
+        with progress.busy("solving"):
+            first = resolve(prepared, objective, config)
+        progress.say(describe_solution(prepared, first, config))
+        if resolved:
+            resolved(prepared, first)
+        return validate_study(session or _session(config, progress), prepared, first, objective)
+
+
+def _check_target(config: RunConfig) -> None:
+    """Raises ConfigError or TargetError, before anything is written, where the target cannot be searched for."""
+    if config.target == "cpu":
+        return
+    from profilers.resolution import resolve as resolve_target
+
+    folders = device_folders(config.devices)
+    target = resolve_target(config.target, folders, config.threads or None, allow_modelled=config.allow_modelled)
+    if target.present and target.device == "cuda":
+        raise ConfigError(
+            f"--target {config.target}: whole models do not run on CUDA here yet; `search profile --target {config.target} --out FILE` "
+            f"measures its kernels, and a search on another machine takes FILE's folder as --devices"
+        )
 
 
 def _session(config: RunConfig, progress: Progress) -> Session:
+    from search.export.registry import exporter
     from search.session import Session
 
+    for name in config.export:
+        exporter(name)
     session = Session(config, progress)
-    if not session.target.present:
-        raise ConfigError(
-            f"--target {config.target}: not this machine, so nothing can be measured here; run the search there, "
-            f"or with --target cpu here"
-        )
     if config.tasks:
         from search.evaluate import find_tasks
 
@@ -97,88 +120,16 @@ def _session(config: RunConfig, progress: Progress) -> Session:
     return session
 
 
-def open_study(config: RunConfig) -> Path:
-    """The study's folder with its resolved configuration; raises ConfigError where the path is something else."""
-    folder = config.folder
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; choose another --study or --results")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.toml").exists():
-        raise ConfigError(f"{folder} holds something that is no study; choose another --study or --results")
-    if (folder / "config.toml").exists():
-        _check_saved(config, folder)
-    try:
-        write_text(folder / "config.toml", to_toml(config))
-    except OSError as error:
-        raise ConfigError(f"{folder} cannot be written: {error.strerror}") from None
-    return folder
-
-
-def _check_saved(config: RunConfig, folder: Path) -> None:
-    """Raises ConfigError where the folder's study is about something else; what only steers the search may change."""
-    saved = read_toml(folder / "config.toml")
-    for name in _IDENTITY:
-        mine, theirs = getattr(config, name), saved.get(name, getattr(RunConfig(), name))
-        if mine != theirs:
-            raise ConfigError(
-                f"{folder}: a study with --{name.replace('_', '-')} {_shown(theirs)}, here it is {_shown(mine)}; choose another --study"
-            )
-
-
-def _shown(value: Any) -> str:
-    return ",".join(value) or "(none)" if isinstance(value, tuple) else str(value)
-
-
-_IDENTITY = (
-    "model",
-    "transform",
-    "target",
-    "runtime",
-    "workload",
-    "data",
-    "sequence",
-    "calibration_tokens",
-    "search_tokens",
-    "threads",
-    "seed",
-)
-"""What a study is about: numbers under other values cannot be compared."""
-
-_NOT_PREPARED = (
-    "latency",
-    "evaluations",
-    "finalists",
-    "max_kl",
-    "tasks",
-    "limit",
-    "study",
-    "results",
-    "storage",
-    "cache",
-    "export",
-)
-
-
-def study_key(config: RunConfig) -> str:
-    """Key of everything that the prepared study depends on, local files by size and time."""
-    values = {name: value for name, value in vars(config).items() if name not in _NOT_PREPARED}
-    files = [config.model, *(source.partition("=")[2] or source for source in config.data)]
-    return content_key(_VERSION, values, [_stat(Path(name).expanduser()) for name in files])
-
-
-def _stat(path: Path) -> list[Any]:
-    if not path.exists():
-        return []
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-
-
 def prepare_study(session: Session, steps: Steps, key: str) -> Prepared:
     """Latency table, whole-model map, calibration and sensitivities; kept under `key`."""
     from search.prepare import prepare
+    from search.pricing import check_priced
 
     # What cannot be searched is refused before the model writes text or anything is measured.
     _ = session.space
+    check_priced(session)
     open_store(session)
+    steps.put("environment", key, environment(session.target))
     prepared = prepare(session, steps, key)
     steps.put("prepared", key, prepared.to_json())
     return prepared
@@ -189,30 +140,29 @@ def resolve(prepared: Prepared, objective: Objective, config: RunConfig, tighten
 
     Where only the prediction itself meets it and not its upper bound, that has to do: what is measured in the end decides.
     """
-    limit = objective.resolve(prepared.dense_ms[0])
-    problem, map_ = prepared.problem, prepared.map
-    try:
-        budget = map_.budget(limit * tighten)
-    except ValueError:
-        budget = (limit * tighten - map_.b0) / map_.b1
-    if budget < problem.fastest_ms:
-        budget = max(budget, (limit * tighten - map_.b0) / map_.b1)
+    limit, problem = median_limit(prepared, objective), prepared.problem
+    budget = kernel_budget(prepared.map, limit * tighten, problem.fastest_ms)
     try:
         budget = min(budget, sum(float(t.max()) for t in problem.latency_ms))
         return Resolved(limit, budget, solve(problem, budget))
     except Infeasible as error:
+        if error.name:
+            raise Unreachable(
+                f"{error.name} cannot be met on {prepared.target['name']} with {objective.text}: {error}"
+            ) from None
         raise Unreachable(_unreachable(prepared, objective, error.limits[0])) from None
 
 
 def _unreachable(prepared: Prepared, objective: Objective, limit: tuple[str, Any, float]) -> str:
     fastest = prepared.map.predict(prepared.problem.fastest_ms)
+    known = "predicted from measured runs" if prepared.label == "measured" else prepared.label
     outside = prepared.map.predict(0.0).mean if prepared.map.b0 > 0 else 0.0
     return (
-        f"--latency {objective.text} ({objective.resolve(prepared.dense_ms[0]):.3g} ms) cannot be met on {prepared.target['name']}: "
+        f"--{objective.kind} {objective.text} ({median_limit(prepared, objective):.3g} ms) cannot be met on {prepared.target['name']}: "
         f"the fastest legal policy takes about {fastest.mean:.3g} ms [{fastest.lo:.3g}, {fastest.hi:.3g}] "
-        f"(predicted from measured runs), of which {outside:.3g} ms pass outside the compressed layers; the slowest of those is "
+        f"({known}), of which {outside:.3g} ms pass outside the compressed layers; the slowest of those is "
         f"{limit[0]} ({limit[1].label}, {limit[2]:.3g} ms). "
-        f"Ask for {fastest.hi:.3g}ms or more."
+        f"Ask for {fastest.hi if prepared.label == 'measured' else fastest.mean:.3g}ms or more."
     )
 
 
@@ -230,31 +180,32 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
     """Evaluate, measure and judge; then write, materialise and export the answer."""
     from search.explore import Truth, explore, features_of, first_stage_records
     from search.finalists import Judge, choose
-    from search.prepare import price
+    from search.prepare import calibrate, decisions_of
+    from search.pricing import price
     from search.results import Answer, policy_name, save
 
     began = time.monotonic()
     config, folder = session.config, session.config.folder
     check_same(session, prepared)
+    calibrate(session, decisions_of(prepared.sites))  # what was cleaned away since
     store = open_store(session)
-    truth = Truth(_search_evaluator(session), store, prepared)
+    truth = Truth(_search_evaluator(session), store, prepared, Budget(config))
     table = price(session)
-    found = anchor(session, prepared, table, found, objective)
-    tighten = 1.0
+    if session.target.present:
+        found = anchor(session, prepared, table, found, objective)
     finalists: list[Finalist] = []
     for attempt in range(ATTEMPTS):
-        ranked = explore(prepared, truth, store, found.solution, found.budget_ms, config, session.progress)
-        finalists = _measure(session, prepared, table, ranked, objective, truth)
+        ranked = explore(
+            prepared, truth, store, found.solution, found.budget_ms, config, session.progress, _begun(session, store, found)
+        )
+        finalists = _measure(session, prepared, table, ranked, truth)
         searched = [item for item in finalists if not item.simple]
-        if any(item.meets for item in searched) or attempt == ATTEMPTS - 1:
+        if any(item.meets for item in searched) or attempt == ATTEMPTS - 1 or not session.target.present:
             break
-        over = min((item.ratio_hi if objective.relative else item.hi_ms) / objective.value for item in searched)
-        tighten = 0.99 / max(over, 1.0)
-        session.progress.say(f"measured {over - 1:.1%} above the objective: solving again for {tighten:.1%} of that")
-        budget = found.budget_ms - (1 - tighten) * found.limit_ms / prepared.map.b1
-        if budget < prepared.problem.fastest_ms:
+        again = _tightened(session, prepared, found, min(searched, key=lambda item: item.over))
+        if again is None:
             break
-        found = Resolved(found.limit_ms, budget, solve(prepared.problem, budget))
+        prepared, found = again
     judge = Judge(session, prepared)
     finalists = [judge.validate(item) if item.meets else item for item in finalists]
     chosen, simple, difference = choose(finalists, config.max_kl)
@@ -270,15 +221,15 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
     finalists = [judge.report(item) for item in finalists]
     chosen = _same(finalists, chosen)
     simple = _same(finalists, simple)
-    if chosen is not None:
+    if chosen is not None and session.target.present:
         at = finalists.index(chosen)
         finalists[at] = chosen = judge.runtime_agreement(chosen, table)
     finalists = _with_tasks(session, judge, finalists, chosen)
     chosen = _same(finalists, chosen)
     answer = Answer(
-        objective=objective.text,
+        objective=config.objectives.text,
         limit_ms=objective.value * finalists[0].latency_ms if objective.relative else objective.value,
-        verdict="met" if chosen is not None and not _contended(finalists) else "not met",
+        verdict=_verdict(session, finalists, chosen),
         finalists=tuple(finalists),
         chosen=None if chosen is None else finalists.index(chosen),
         simple=None if simple is None else finalists.index(_same(finalists, simple)),  # type: ignore[arg-type]
@@ -286,22 +237,36 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
         shadow_price=found.solution.shadow_price,
         predicted={"kl": found.solution.loss, "latency_ms": prepared.map.predict(found.solution.latency_ms).mean},
         predictor=_predictor_report(
-            first_stage_records(prepared, store, truth.first_tokens), features_of(prepared), config.seed
+            first_stage_records(prepared, store.records(), truth.first_tokens), features_of(prepared), config.seed
         ),
         cost={
             **{f"{name} time": seconds for name, seconds in prepared.seconds.items()},
             "search and validation time": time.monotonic() - began,
-            "true evaluations in this run": truth.spent,
+            "true evaluations in this run": truth.n_new,
             "true evaluations in the study": len(store.records()),
         },
-        versions=versions(),
-        notes=tuple(_notes(session, prepared, finalists, chosen, simple, config)),
+        versions=environment(session.target),
+        notes=(*_notes(session, prepared, finalists, chosen, simple, config), *_search_notes(truth)),
     )
     texts = {policy_name(item, answer): policy_text(session, prepared, item, answer) for item in finalists if item.policy.sites}
-    save(folder, answer, prepared, config, texts)
+    with session.progress.busy("writing the report"):
+        save(folder, answer, prepared, config, texts)
     if answer.best is not None and answer.best.policy.sites:
         deliver(session, prepared, answer, judge.edits(answer.best))
     return answer
+
+
+def _tightened(session: Session, prepared: Prepared, found: Resolved, nearest: Finalist) -> tuple[Prepared, Resolved] | None:
+    """The study and its solution under budgets that are narrower by what the nearest finalist exceeded; None where nothing meets them."""
+    main = max(nearest.met[0].over, 1.0)
+    tighten = 0.99 / main if main > 1 else 1.0
+    session.progress.say(f"measured {nearest.over - 1:.1%} above the objective: solving again for that much less")
+    budget = found.budget_ms - (1 - tighten) * found.limit_ms / prepared.map.b1
+    narrower = tightened(prepared, {met.name: met.over for met in nearest.met[1:]})
+    try:
+        return narrower, Resolved(found.limit_ms, budget, solve(narrower.problem, budget))
+    except Infeasible:
+        return None
 
 
 def anchor(session: Session, prepared: Prepared, table: Any, found: Resolved, objective: Objective) -> Resolved:
@@ -317,7 +282,7 @@ def anchor(session: Session, prepared: Prepared, table: Any, found: Resolved, ob
     if not policy.sites or policy.canonical() == Policy().canonical():
         return found
     unknown = Quality((0.0,), (0.0,), 0)
-    _, run = measure(session, prepared, table, [Ranked("solver", policy, unknown, False)], objective)
+    _, run = measure(session, prepared, table, [Ranked("solver", policy, unknown, False)])
     measured, upper = (run.ratio, run.ratio_hi) if objective.relative else (run.latency_ms, run.hi_ms)
     scale = prepared.dense_ms[0] if objective.relative else 1.0
     bias = measured * scale / run.predicted_ms
@@ -325,7 +290,10 @@ def anchor(session: Session, prepared: Prepared, table: Any, found: Resolved, ob
     problem, map_ = prepared.problem, prepared.map
     budget = (found.limit_ms / (bias * (1 + margin)) - map_.b0) / map_.b1
     budget = min(max(budget, problem.fastest_ms), sum(float(t.max()) for t in problem.latency_ms))
-    result = Resolved(found.limit_ms, budget, solve(problem, budget))
+    try:
+        result = Resolved(found.limit_ms, budget, solve(problem, budget))
+    except Infeasible:
+        return found  # what else is asked for leaves no room for the correction; the finalists' measurement decides
     session.progress.say(
         f"its solution measured: {measured * scale:.4g} ms where {run.predicted_ms:.4g} were predicted; solved again: "
         f"KL {result.solution.loss:.3g} nats predicted"
@@ -333,34 +301,17 @@ def anchor(session: Session, prepared: Prepared, table: Any, found: Resolved, ob
     return result
 
 
-def check_same(session: Session, prepared: Prepared) -> None:
-    """Raises ConfigError where the study was prepared for another model or device."""
-    if session.loaded.digest != prepared.model["digest"]:
-        raise ConfigError(
-            f"{session.config.folder}: a study of another model ({prepared.model['label']}, digest {prepared.model['digest']}; here "
-            f"{session.loaded.digest}); choose another --study"
-        )
-    if session.target.fingerprint != prepared.target["fingerprint"]:
-        raise ConfigError(
-            f"{session.config.folder}: measured on another device or set-up ({prepared.target['description']}, fingerprint "
-            f"{prepared.target['fingerprint']}; here {session.target.fingerprint}); choose another --study"
-        )
+def _begun(session: Session, store: Store, found: Resolved) -> int:
+    """Evaluations that the study held when the search for this solution began, in whatever process that was."""
+    key = content_key(study_key(session.config), found.budget_ms, found.solution.policy.key(), session.config.store)
+    return session.steps.made(f"search-{key}", key, lambda: len(store.records()))
 
 
-def open_store(session: Session) -> Any:
-    """The study's Optuna store; raises ForeignStudy where it belongs to something else."""
-    from search.study import Store
-
-    config = session.config
-    context = {
-        "model": session.loaded.digest,
-        "target": session.target.fingerprint,
-        "runtime": config.runtime,
-        "workload": config.workload,
-        "calibration text": session.corpora["calibrate"].sha256,
-        "search text": session.corpora["search"].sha256,
-    }
-    return Store(config.storage or config.folder / "study.db", config.study_name, context)
+def _search_notes(truth: Truth) -> list[str]:
+    """What cut the search short."""
+    notes = [f"the search ended early, {truth.budget.spent()} being used up: an answer from what was known by then"]
+    failed = [f"{len(truth.failed)} evaluation(s) failed: {next(iter(truth.failed.values()))}"] if truth.failed else []
+    return (notes if truth.budget.spent() else []) + failed
 
 
 def _search_evaluator(session: Session) -> Any:
@@ -369,9 +320,7 @@ def _search_evaluator(session: Session) -> Any:
     return Evaluator(session.switch, session.corpora["search"].tokens)
 
 
-def _measure(
-    session: Session, prepared: Prepared, table: Any, ranked: Sequence[Ranked], objective: Objective, truth: Any
-) -> list[Finalist]:
+def _measure(session: Session, prepared: Prepared, table: Any, ranked: Sequence[Ranked], truth: Any) -> list[Finalist]:
     """The dense model, the best searched policies, the best simple one, and a few uniform ones, measured end to end."""
     from search.explore import FIRST_STAGE, Ranked, short_name
     from search.finalists import measure
@@ -382,15 +331,17 @@ def _measure(
     taken = {item.policy.key() for item in chosen}
     others = []
     for preset in uniform(prepared.problem):
-        if preset.policy.key() not in taken and preset.policy.canonical() != Policy().canonical():
-            quality = truth.quality(preset.name, preset.policy, FIRST_STAGE)
+        if preset.policy.key() in taken or preset.policy.canonical() == Policy().canonical() or truth.budget.spent():
+            continue
+        quality = truth.quality(preset.name, preset.policy, FIRST_STAGE)
+        if quality.kl < math.inf:
             others.append(Ranked(short_name(preset.name, prepared), preset.policy, quality, True))
     others.sort(key=lambda item: prepared.sum_ms(item.policy))
     best: list[Ranked] = []
     for item in others:
         if not best or item.quality.kl < best[-1].quality.kl:
             best.append(item)
-    return measure(session, prepared, table, [*chosen, *best[-BASELINES:]], objective)
+    return measure(session, prepared, table, [*chosen, *best[-BASELINES:]])
 
 
 def _worth_reordering(
@@ -410,7 +361,14 @@ def _same(finalists: Sequence[Finalist], wanted: Finalist | None) -> Finalist | 
     return None if wanted is None else next(item for item in finalists if item.policy.key() == wanted.policy.key())
 
 
-def _contended(finalists: Sequence[Finalist]) -> bool:
+def _verdict(session: Session, finalists: Sequence[Finalist], chosen: Finalist | None) -> Verdict:
+    if chosen is not None and not session.target.present:
+        return "unvalidated"
+    return "met" if chosen is not None and not contended(finalists) else "not met"
+
+
+def contended(finalists: Sequence[Finalist]) -> bool:
+    """Whether the machine was not free while one of them was measured."""
     return any(item.contended for item in finalists)
 
 
@@ -421,16 +379,20 @@ def _with_tasks(session: Session, judge: Any, finalists: list[Finalist], chosen:
     from search.evaluate import lm_eval_tasks
     from search.session import all_threads
 
-    result = []
-    for item in finalists:
-        if item is chosen or not item.policy.sites:
-            session.progress.say(f"lm-eval: {', '.join(session.config.tasks)} with {item.name}")
-            with all_threads():
-                session.switch.edits(judge.edits(item))
-                scores = lm_eval_tasks(session.model, session.loaded.tokenizer, session.config.tasks, session.config.limit)
-            item = replace(item, tasks=scores)
-        result.append(item)
-    return result
+    tasks, limit = session.config.tasks, session.config.limit
+    texts = [Path(task).read_text() if Path(task).is_file() else task for task in tasks]
+
+    def scores(item: Finalist) -> dict[str, dict[str, float]]:
+        with session.progress.busy(f"lm-eval: {', '.join(tasks)} with {item.name}"), all_threads():
+            session.switch.edits(judge.edits(item))
+            return lm_eval_tasks(session.model, session.loaded.tokenizer, tasks, limit)
+
+    def kept(item: Finalist) -> dict[str, dict[str, float]]:
+        weights = session.loaded.digest, session.corpora["calibrate"].sha256, item.policy.key(), item.recompressed
+        key = content_key(*weights, texts, limit)
+        return session.steps.made(f"tasks-{key}", key, lambda: scores(item))
+
+    return [replace(item, tasks=kept(item)) if item is chosen or not item.policy.sites else item for item in finalists]
 
 
 def _predictor_report(records: Sequence[Any], features: Any, seed: int) -> dict[str, Any] | None:
@@ -451,7 +413,12 @@ def _notes(
     config: RunConfig,
 ) -> list[str]:
     notes = []
-    if _contended(finalists):
+    if not session.target.present:
+        notes.append(
+            f"{session.target.name} is not here: every latency is {prepared.label}, none was measured for this study; qualities were truly "
+            f"evaluated; `search validate {session.config.folder}`, run there, measures and confirms or solves again"
+        )
+    if contended(finalists):
         notes.append(
             "the machine was contended while latency was measured: no objective is claimed to be met; run again when it is quiet"
         )
@@ -462,7 +429,11 @@ def _notes(
             "the machine was in another state; ratios are paired by round and hold, milliseconds are those of this run"
         )
     if chosen is None:
-        notes.append("no policy met the objective when measured; the nearest are in the table")
+        notes.append(
+            "no policy met the objective when measured; the nearest are in the table"
+            if session.target.present
+            else "no policy is expected to meet the objective; the nearest are in the table"
+        )
     elif config.max_kl and chosen.kl > config.max_kl:
         notes.append(f"the answer's KL {chosen.kl:.3g} exceeds --max-kl {config.max_kl:g}: no policy meets both")
     if chosen is not None and chosen.recompressed:
@@ -474,7 +445,7 @@ def _notes(
         )
     if config.runtime != "isolatency":
         notes.append(
-            f"latency was measured with this project's kernels on {session.target.name}; it was not measured in {config.runtime}, "
+            f"latency is of this project's kernels on {session.target.name}; it was not measured in {config.runtime}, "
             "whose own kernels differ"
         )
     return notes

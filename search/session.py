@@ -17,15 +17,19 @@ from methods.method import Edit
 from methods.model.load import LoadedModel, load
 from methods.model.structure import Site
 from methods.policy import DENSE, Decision, Policy
+from predictors.absent import Elsewhere
+from profilers.cells import site_cells
 from profilers.kernels.catalogue import refusals, supported
 from profilers.kv_cache import new_cache
+from profilers.resolution import resolve
 from profilers.runtime import Runtime
-from profilers.table import LatencyTable
-from profilers.target import Target, resolve
-from search.config import RunConfig
+from profilers.table import KernelKey, LatencyTable
+from profilers.target import Target, local_cpu
+from profilers.workload import Workload
+from search.config import RunConfig, device_folders
 from search.data import ROLES, Corpus, generate_tokens, parse_sources, roles_from_text, roles_from_tokens
 from search.evaluate import Switch
-from search.files import content_key
+from search.files import Steps, content_key, kept_tensors
 from search.progress import Progress
 from search.transform import transformed
 from spaces.runtimes import DEFAULT_FORMATS, runtime
@@ -40,19 +44,36 @@ if TYPE_CHECKING:
 class Session:
     """One run's things. `config` says what, `progress` hears what takes long."""
 
-    def __init__(self, config: RunConfig, progress: Progress) -> None:
+    def __init__(self, config: RunConfig, progress: Progress, target: Target | None = None) -> None:
+        """target: what `config.target` stands for, where the caller has resolved it."""
         self.config, self.progress = config, progress
+        self._target = target
+
+    @cached_property
+    def steps(self) -> Steps:
+        """What the study has finished."""
+        return Steps(self.config.folder / "steps")
 
     @cached_property
     def target(self) -> Target:
-        """The target; raises TargetError where it cannot be measured and no table is stored."""
-        return resolve(self.config.target, threads=self.config.threads or None)
+        """The target; raises TargetError where it cannot be measured and nothing is known of it."""
+        config = self.config
+        if self._target is not None:
+            return self._target
+        folders = device_folders(config.devices)
+        return resolve(config.target, folders, config.threads or None, allow_modelled=config.allow_modelled)
+
+    @property
+    def target_identity(self) -> str:
+        """What a study's target is known by: the device here by its fingerprint, one that was named by its name."""
+        return self.target.fingerprint if self.config.target in ("cpu", "cuda") else self.config.target
 
     @cached_property
     def stored(self) -> LoadedModel:
         """The model as it is stored; where the run transforms it, its weights are another's once `loaded` was asked for."""
         spec = None if self.config.model == "default" else self.config.model
-        loaded = load(spec, self.config.cache_folder, log=self.progress.say)
+        with self.progress.busy("loading the model"):
+            loaded = load(spec, self.config.cache_folder, log=self.progress.say)
         n = loaded.structure.n_parameters
         self.progress.say(
             f"{loaded.label}: {loaded.structure.architecture}, {n / 1e6:.0f} M parameters, {loaded.structure.dtype}"
@@ -75,9 +96,13 @@ class Session:
         model: torch.nn.Module = self.loaded.model
         return model
 
-    def engine(self, table: LatencyTable) -> Runtime:
-        """What materialises policies on the target's kernels."""
-        return Runtime(self.model, self.loaded.structure, self.target, table, self.config.load)
+    def engine(self, table: LatencyTable, workload: Workload | None = None) -> Runtime:
+        """What materialises policies on the target's kernels, the best ones for a workload (default: the main one).
+
+        It reads the model's weights, so what an evaluation had installed in the model is taken out.
+        """
+        self.switch.dense()
+        return Runtime(self.model, self.loaded.structure, self.target, table, workload or self.config.load)
 
     @cached_property
     def space(self) -> Space:
@@ -87,18 +112,34 @@ class Session:
 
         def kernels(fmt: Format, site: Site) -> str | None:
             cell = self.cell(site, fmt)
+            if self.target.table is not None or self.target.sister_table is not None:
+                return self.absent_reason(site, fmt)
             if supported(fmt, cell.n, cell.k, cell.m, self.target):
                 return None
             reasons = refusals(fmt, cell.n, cell.k, cell.m, self.target)
             return "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:2])
 
-        return build(self.loaded.structure, formats, self.config.methods, engine, kernels)
+        structure = self.loaded.structure
+        with self.progress.busy("finding the kernels, compiled where they are not yet"):
+            return build(structure, formats, self.config.methods, engine, kernels)
 
-    def cell(self, site: Site, fmt: Format) -> Any:
+    def cell(self, site: Site, fmt: Format) -> KernelKey:
         """The table's cell of a site under a format."""
-        from profilers.cells import site_cells
-
         return site_cells(site, fmt, self.config.load.tokens_in_flight, self.experts_per_token)[0][0]
+
+    @cached_property
+    def elsewhere(self) -> Elsewhere:
+        """What is known of the target where it is not here."""
+        return Elsewhere(self.target)
+
+    def absent_reason(self, site: Site, fmt: Format) -> str | None:
+        """Why the tables of a target that is not here cannot price a site under a format, or None."""
+        cell = self.cell(site, fmt)
+        return (
+            None
+            if self.elsewhere.rows(cell)
+            else f"no latency of it at m={cell.m}, n={cell.n}, k={cell.k} on {self.target.name}"
+        )
 
     @property
     def experts_per_token(self) -> int:
@@ -137,20 +178,16 @@ class Session:
         )
 
     def _generated(self, path: Path, n_sequences: int, length: int) -> Tensor:
-        from safetensors.torch import load_file, save
+        def make() -> dict[str, Tensor]:
+            self.progress.say(
+                f"no --data: the model writes {n_sequences} sequences of {length} tokens itself (kept for later runs)"
+            )
+            with self.progress.bar("writing text") as update, all_threads():
+                here = self.target if self.target.present else local_cpu()
+                writer = Runtime(self.stored.model, self.stored.structure, here).materialize({})
+                return {"tokens": generate_tokens(writer, new_cache, n_sequences, length, self.config.seed, update)}
 
-        from methods.atomic import write_bytes
-
-        if path.exists():
-            return load_file(path)["tokens"]
-        self.progress.say(
-            f"no --data: the model writes {n_sequences} sequences of {length} tokens itself (kept for later runs)"
-        )
-        with self.progress.bar("writing text") as update, all_threads():
-            writer = Runtime(self.stored.model, self.stored.structure, self.target).materialize({})
-            tokens = generate_tokens(writer, new_cache, n_sequences, length, self.config.seed, update)
-        write_bytes(path, save({"tokens": tokens}))
-        return tokens
+        return kept_tensors(path, make, self.progress.say)["tokens"]
 
     @cached_property
     def bank(self) -> Bank:

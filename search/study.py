@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from methods.atomic import staging_folder
 from methods.policy import Policy
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 
 _VERSION = 1
 _TIMEOUT_S = 120
+_CONNECT_S = 10
+_LOCK_KEY = 0x150_1A7E
+"""Of the advisory lock in a PostgreSQL server."""
 
 Context = Mapping[str, str | int | float | bool | None]
 """What a study is about: model digest, target, workload, space, … — what must be equal for its numbers to be reused."""
@@ -62,10 +66,21 @@ class ForeignStudy(ValueError):
     """The study at hand is about something else; names the keys that differ."""
 
 
-class Store:
-    """All evaluations of a study, in SQLite at a path or in any database that Optuna knows at a URL (`postgresql://…`).
+@dataclass(frozen=True)
+class Failure:
+    """An evaluation that gave no number: of which policy, who proposed it, and why."""
 
-    Several processes may hold the same store. A trial is written in one transaction: a killed process leaves it whole or not at all.
+    policy: Policy
+    name: str
+    role: str
+    reason: str
+
+
+class Store:
+    """All evaluations of a study, in SQLite at a path or in any database that Optuna knows at a URL (`postgresql+psycopg://…`).
+
+    Several processes, and several studies under names of their own, may hold the same store. A trial is written in one transaction: a
+    killed process leaves it whole or not at all.
     The sites of a policy are a user attribute, not parameters: a row a site makes writing ten times slower. The share of sites that
     each format has stands in the parameters, so that Optuna's own tools show something.
     Raises `ForeignStudy` where the study was made with another context, ValueError where the file is no study at all.
@@ -73,7 +88,10 @@ class Store:
 
     def __init__(self, where: Path | str, name: str, context: Context) -> None:
         url, lock = _url(where)
-        with _locked(lock) if lock else nullcontext():
+        self._url = url
+        with _locked(lock) if lock else _making(url):
+            if lock:
+                _make(url, Path(url.removeprefix("sqlite:///")))
             self._study = _open(url, name)
             self._check(name, str(where), dict(context))
         self.name = name
@@ -93,8 +111,20 @@ class Store:
             distributions={label: optuna.distributions.FloatDistribution(0.0, 1.0) for label in shares},
             user_attrs=_attributes(trial),
         )
-        self._study.add_trial(frozen)
+        self._add(frozen)
         return True
+
+    def record_failure(self, policy: Policy, name: str, role: str, reason: str) -> None:
+        """Writes down that an evaluation failed; it may be tried again."""
+        import optuna
+
+        attributes = {"policy": policy.canonical(), "name": name, "role": role, "reason": reason}
+        self._add(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs=attributes))
+
+    def failures(self) -> list[Failure]:
+        """All evaluations that failed, in the order they were written."""
+        found = [trial.user_attrs for trial in self._trials() if trial.state.name == "FAIL"]
+        return [Failure(Policy.from_canonical(a["policy"]), a["name"], a["role"], a["reason"]) for a in found]
 
     def lookup(self, policy_key: str, n_tokens: int, role: str) -> TrialRecord | None:
         """The evaluation of a policy on that many tokens of that role, or None; sees what other processes wrote."""
@@ -108,9 +138,17 @@ class Store:
         self._refresh()
         return list(self._records.values())
 
+    def _add(self, trial: optuna.trial.FrozenTrial) -> None:
+        with _explained(self._url, "cannot be written", "make room or bring it back, and the same command goes on"):
+            self._study.add_trial(trial)
+
+    def _trials(self) -> list[optuna.trial.FrozenTrial]:
+        with _explained(self._url, "cannot be read", "restore it, or choose another --store"):
+            return self._study.get_trials(deepcopy=False)
+
     def _refresh(self) -> None:
-        trials = self._study.get_trials(deepcopy=False)
-        for trial in trials[self._n_read :]:
+        trials = self._trials()
+        for trial in (trial for trial in trials[self._n_read :] if trial.state.name != "FAIL"):
             record = _parse(trial)
             self._records.setdefault(record.key, record)  # two processes may both have written it
         self._n_read = len(trials)
@@ -119,7 +157,7 @@ class Store:
         wanted = json.loads(json.dumps({**context, "version": _VERSION}))
         stored = self._study.user_attrs.get("context")
         if stored is None:
-            if self._study.get_trials(deepcopy=False):
+            if self._trials():
                 raise ForeignStudy(f"study {name!r} in {where} was not made by this program; choose another name or folder")
             self._study.set_user_attr("context", wanted)
             return
@@ -131,9 +169,10 @@ class Store:
 
 def _url(where: Path | str) -> tuple[str, Path | None]:
     """The database's URL, and the lock file that guards the making of a SQLite one."""
-    if isinstance(where, str) and "://" in where:
+    where = str(where).removeprefix("sqlite:///")
+    if "://" in where:
         return where, None
-    path = Path(where).absolute()
+    path = Path(where).expanduser().absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{path}", path.with_name(path.name + ".lock")
 
@@ -146,21 +185,84 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
+def _make(url: str, path: Path) -> None:
+    """A SQLite database with its tables, whole or not at all: one without some of them could not be opened again."""
+    import optuna
+    from sqlalchemy import text
+
+    if path.exists():
+        return
+    with _explained(url), staging_folder(path) as staging:
+        storage = optuna.storages.RDBStorage(f"sqlite:///{staging / path.name}", engine_kwargs=_options(url))
+        with storage.engine.connect() as connection:
+            connection.execute(text("PRAGMA journal_mode=WAL"))  # in which a writer and readers do not wait for each other
+        storage.remove_session()
+        storage.engine.dispose()
+        (staging / path.name).replace(path)
+
+
+@contextmanager
+def _making(url: str) -> Iterator[None]:
+    """`_locked` in a PostgreSQL server, whose clients may be on several machines; other databases are left to themselves."""
+    from sqlalchemy import create_engine, text
+
+    with _explained(url):
+        engine = create_engine(url, **_options(url))
+        if engine.dialect.name != "postgresql":
+            yield
+            return
+        with engine.connect() as connection:
+            connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _LOCK_KEY})
+            try:
+                yield
+            finally:
+                connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _LOCK_KEY})
+        engine.dispose()
+
+
+@contextmanager
+def _explained(
+    url: str, what: str = "cannot be opened as a study", way_out: str = "remove it or choose another --store"
+) -> Iterator[None]:
+    """A database's errors as one line, without the password."""
+    import optuna
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--store {url.partition(':')[0]}: its driver {error.name} is not installed; for PostgreSQL write postgresql+psycopg://… "
+            "and install psycopg[binary]"
+        ) from error
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        shown = url if "@" not in url else make_url(url).render_as_string(hide_password=True)
+        cause = error if hasattr(error, "orig") else error.__cause__ or error
+        reason = str(getattr(cause, "orig", cause)).strip().splitlines()[0]
+        raise ValueError(f"{shown} {what} ({reason}); {way_out}") from error
+
+
 def _open(url: str, name: str) -> optuna.Study:
     import optuna
-    from sqlalchemy.exc import SQLAlchemyError
 
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        options = {"connect_args": {"timeout": _TIMEOUT_S}} if url.startswith("sqlite") else {}
-        storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
-        return optuna.create_study(storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=True)
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        reason = str(getattr(error, "orig", error)).splitlines()[0]
-        raise ValueError(f"{url} cannot be opened as a study ({reason}); remove it or choose another folder") from error
+        with _explained(url):
+            storage = optuna.storages.RDBStorage(url, engine_kwargs=_options(url))
+            return optuna.create_study(
+                storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=True
+            )
     finally:
         optuna.logging.set_verbosity(before)
+
+
+def _options(url: str) -> dict[str, Any]:
+    """How to connect: wait for another writer of the same file, but not for a server that is not there."""
+    if url.startswith("sqlite"):
+        return {"connect_args": {"timeout": _TIMEOUT_S}}
+    return {"pool_pre_ping": True, "connect_args": {"connect_timeout": _CONNECT_S} if url.startswith("postgresql") else {}}
 
 
 def _shares(policy: Policy) -> dict[str, float]:

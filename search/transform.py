@@ -8,14 +8,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from methods.atomic import write_bytes
 from methods.catalogue import model_method
-from methods.model.load import LoadedModel, digest_of
+from methods.model.load import LoadedModel
 from methods.model.trace import logits_of
+from methods.model.weights import digest_of
 from methods.policy import Decision
 from methods.rotate.model import apply_rotations, rotations_of
 from methods.rotate.rotation import Rotations
-from search.files import content_key
+from search.files import content_key, kept_tensors
 from search.progress import Progress
 
 _COMPARED = 128
@@ -53,20 +53,18 @@ def _rotations(
     """Those of the decision; learned ones are looked for in the cache, since learning is slow and not the same on every machine."""
     if "steps" not in model_method(decision.method).knobs:
         return rotations_of(loaded.model, loaded.structure, decision)
-    from safetensors.torch import load_file, save
-
     from search.session import all_threads
 
     tokens = content_key([batch.tolist() for batch in batches])
     path = cache / "rotations" / f"{content_key(loaded.digest, decision.label, tokens)}.safetensors"
-    if path.exists():
-        found = load_file(path)
-        return Rotations(found["residual"], found.get("heads"))
-    with progress.bar("learning rotations") as update, all_threads():
-        rotations = rotations_of(loaded.model, loaded.structure, decision, batches, progress=update)
-    heads = {} if rotations.heads is None else {"heads": rotations.heads}
-    write_bytes(path, save({"residual": rotations.residual, **heads}))
-    return rotations
+
+    def learn() -> dict[str, Tensor]:
+        with progress.bar("learning rotations") as update, all_threads():
+            rotations = rotations_of(loaded.model, loaded.structure, decision, batches, progress=update)
+        return {"residual": rotations.residual, **({} if rotations.heads is None else {"heads": rotations.heads})}
+
+    found = kept_tensors(path, learn, progress.say)
+    return Rotations(found["residual"], found.get("heads"))
 
 
 def text_of(decisions: Sequence[Decision]) -> str:

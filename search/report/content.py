@@ -89,7 +89,8 @@ class ReportData:
 
     measured: entries of one kind of knowledge (normally MEASURED), the dense model and the chosen policy among them;
     predicted: the solver's curve, all PREDICTED; sites: (name, kind, block) in the order of computation; dense_format: of what is not
-    decided; perplexity_note: why no perplexity is reported, "" where it is (as the score
+    decided; also: what else was asked for and what became of it;
+    perplexity_note: why no perplexity is reported, "" where it is (as the score
     `perplexity` of the entries); shadow_price: nats per token for one more ms; cost, provenance: (what, how much) in words;
     notes: what a reader must know before believing a number (contended machine, stored table, fallbacks); limits, shares: where the
     answer's predicted loss and latency sit; latency_pairs: of the finalists, relative to the dense model.
@@ -111,6 +112,7 @@ class ReportData:
     data: tuple[DataUse, ...]
     cost: tuple[tuple[str, str], ...]
     provenance: tuple[tuple[str, str], ...]
+    also: tuple[str, ...] = ()
     perplexity_note: str = ""
     notes: tuple[str, ...] = ()
     limits: tuple[Limit, ...] = ()
@@ -184,6 +186,7 @@ def answer(data: ReportData) -> list[str]:
         sentences.append(f"Its decided weights take {mebibytes(chosen.size_bytes)}, {share:.0%} of the dense model's.")
     if data.guard is not None:
         sentences.append(guard_words(data.guard))
+    sentences += [f"Also asked, {words}" for words in data.also]
     if data.shadow_price:
         sentences.append(f"One more millisecond would buy about {data.shadow_price:.2g} nats per token (predicted).")
     return sentences

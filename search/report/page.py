@@ -9,6 +9,7 @@ from pathlib import Path
 
 from methods.atomic import write_text
 from methods.formats.format import parse_format
+from search.frontier import Candidate, Fidelity
 from search.report.content import LayerMap, ReportData, answer, guard_words
 from search.report.explorer import Look, explorer
 from search.report.honesty import draw_pairs
@@ -61,7 +62,7 @@ def page(data: ReportData) -> str:
         _section(
             "Frontier", f'<img alt="Latency against KL divergence, measured and predicted" src="data:image/png;base64,{png}">'
         ),
-        _section("Measured", _measured(data)),
+        _section(_known_as(data.dense), _measured(data)),
         _section("Against the simple policies", f"<p>{escape(guard_words(data.guard))}</p>") if data.guard else "",
         _section("What was decided where", _map(data.layer_map, _look(data))),
         _section("What limits it", _limits(data)) if data.limits else "",
@@ -83,6 +84,12 @@ def page(data: ReportData) -> str:
 def write_page(data: ReportData, path: Path) -> None:
     """Writes the page in one step."""
     write_text(path, page(data))
+
+
+def _known_as(candidate: Candidate) -> str:
+    if candidate.fidelity is Fidelity.MEASURED:
+        return "Measured"
+    return f"Quality evaluated, latency {candidate.latency_label}: nothing was timed on the target"
 
 
 def _section(title: str, content: str) -> str:

@@ -64,7 +64,8 @@ def _axes(axes: Any, data: ReportData) -> None:
     axes.set_xlim(max(min(latencies) - margin, 0), max(latencies) + margin)
     top = max([*values, *(c.kl + c.kl_stderr for c in _all(data))], default=1.0) or 1.0
     axes.set_ylim(0 if axes.get_yscale() != "linear" else -0.03 * top, top * (1.6 if axes.get_yscale() != "linear" else 1.08))
-    axes.set_xlabel(f"latency ({data.objective.unit})", color=_INK)
+    label = data.dense.latency_label
+    axes.set_xlabel(f"latency ({data.objective.unit}){'' if label == 'measured' else f', {label}, not measured'}", color=_INK)
     axes.set_ylabel("KL divergence from the dense model (nats per token)", color=_INK)
     axes.set_title(f"{data.model}\n{data.target} · {data.objective.workload}", loc="left", fontsize=10.5, color=_INK)
     axes.grid(True, which="major", color="#E6E8EB", linewidth=0.8)

@@ -1,4 +1,4 @@
-"""Mixed-integer programming with SciPy's HiGHS: exact, with a size constraint and several distinct solutions."""
+"""Mixed-integer programming with SciPy's HiGHS: exact, with further limits and several distinct solutions."""
 
 from __future__ import annotations
 
@@ -37,12 +37,11 @@ def solve_milp(
     problem: Problem,
     budget_ms: float,
     *,
-    size_bytes: float | None = None,
     time_limit_s: float = TIME_LIMIT_S,
     apart: Sequence[Indices] = (),
     min_distance: int = 1,
 ) -> MilpSolution | None:
-    """The policy of least loss within the latency budget, and the size budget where one is given.
+    """The policy of least loss within the latency budget and the problem's limits.
 
     It differs from each of `apart` at `min_distance` sites or more (no-good cuts). None where no such policy exists, or none was
     found in `time_limit_s`. Raises `Infeasible` where a budget alone cannot be met.
@@ -52,10 +51,9 @@ def solve_milp(
         raise ValueError(f"milp: time_limit_s={time_limit_s}, min_distance={min_distance}; both must be positive")
     problem.check_budget(budget_ms)
     columns = _Columns.of(problem)
+    problem.check_limits()
     rows = [columns.within(problem.latency_ms, budget_ms)]
-    if size_bytes is not None:
-        problem.check_size(size_bytes)
-        rows.append(columns.within(problem.size_bytes, size_bytes))
+    rows += [columns.within(limit.costs, limit.budget) for limit in problem.limits]
     if apart:
         rows.append(columns.cuts(apart, min_distance))
     matrix, n_sites = columns.one_each(), len(problem.sites)

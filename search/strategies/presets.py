@@ -86,7 +86,7 @@ def within_budget(
     budget_ms: float,
     decisions: set[Decision] | None = None,
 ) -> list[Preset]:
-    """All simple policies of the four families that meet the budget, least additive loss first, no policy twice.
+    """All simple policies of the four families that meet the budget and the limits, least additive loss first, no policy twice.
 
     `ends` keeps as many blocks wide as the budget allows. decisions: only these, where given; all that some site has otherwise.
     """
@@ -100,7 +100,11 @@ def within_budget(
             found += _most_blocks(problem, block, narrow, wide, half, budget_ms)
     unique = {preset.policy.key(): preset for preset in reversed(found)}
     scored = [(problem.totals(problem.indices(p.policy)), p) for p in unique.values()]
-    fitting = [(totals[0], p.name, p) for totals, p in scored if totals[1] <= budget_ms * (1 + TOLERANCE)]
+    fitting = [
+        (totals[0], p.name, p)
+        for totals, p in scored
+        if totals[1] <= budget_ms * (1 + TOLERANCE) and problem.meets(problem.indices(p.policy))
+    ]
     return [preset for _, _, preset in sorted(fitting, key=lambda item: item[:2])]
 
 
@@ -110,7 +114,8 @@ def _most_blocks(
     """The `ends` preset with the most wide blocks that meets the budget, or none."""
     for n in range(half, 0, -1):
         preset = ends(problem, block, narrow, wide, n)
-        if problem.totals(problem.indices(preset.policy))[1] <= budget_ms * (1 + TOLERANCE):
+        indices = problem.indices(preset.policy)
+        if problem.totals(indices)[1] <= budget_ms * (1 + TOLERANCE) and problem.meets(indices):
             return [preset]
     return []
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from scipy.optimize import linprog
+from scipy.sparse import csr_array
 
 from search.strategies.problem import Floats, Problem
 
@@ -14,9 +17,11 @@ def shadow_price(problem: Problem, budget_ms: float) -> float:
 
     The relaxation walks each site's convex hull of (latency, loss) from the fastest choice, the steepest segments of all sites
     first; the price is the slope of the segment that is next at this budget, so it holds for about one site's change of choice.
-    Raises `Infeasible`. Multiple-choice knapsack (Sinha and Zoltners 1979).
+    With further limits the relaxation is solved by HiGHS. Raises `Infeasible`. Multiple-choice knapsack (Sinha and Zoltners 1979).
     """
     problem.check_budget(budget_ms)
+    if problem.limits:
+        return _relaxed(problem, budget_ms)
     segments = [segment for t, loss in zip(problem.latency_ms, problem.loss, strict=True) for segment in _hull(t, loss)]
     spent = problem.fastest_ms
     for price, width in sorted(segments, key=lambda segment: -segment[0]):
@@ -24,6 +29,23 @@ def shadow_price(problem: Problem, budget_ms: float) -> float:
         if spent > budget_ms:
             return price
     return 0.0
+
+
+def _relaxed(problem: Problem, budget_ms: float) -> float:
+    """The latency row's dual; 0 where the relaxation finds nothing, because then nothing is for sale."""
+    site = np.repeat(np.arange(len(problem.sites)), [len(c) for c in problem.choices])
+    one_each: Any = csr_array((np.ones(len(site)), (site, np.arange(len(site)))))
+    rows = np.stack([np.concatenate(costs) for costs in (problem.latency_ms, *(limit.costs for limit in problem.limits))])
+    budgets = np.array([budget_ms, *(limit.budget for limit in problem.limits)])
+    found = linprog(
+        np.concatenate(problem.loss),
+        A_ub=rows / budgets[:, None],
+        b_ub=np.ones(len(budgets)),
+        A_eq=one_each,
+        b_eq=np.ones(len(problem.sites)),
+        method="highs",
+    )
+    return max(0.0, -float(found.ineqlin.marginals[0]) / budget_ms) if found.status == 0 else 0.0
 
 
 def _hull(latency: Floats, loss: Floats) -> list[tuple[float, float]]:

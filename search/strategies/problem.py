@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,10 +22,14 @@ TOLERANCE = 1e-9
 class Infeasible(ValueError):
     """No policy meets a budget; carries the least that is possible and the sites that limit it.
 
-    limits: (site, its cheapest choice, that choice's cost), the costliest first; costs have the budget's unit, `ms` or `bytes`.
+    limits: (site, its cheapest choice, that choice's cost), the costliest first; costs have the budget's unit, `ms` or `bytes`;
+    name: of the limit, "" for the latency budget.
     """
 
-    def __init__(self, budget: float, least: float, limits: Sequence[tuple[str, Decision, float]], unit: str = "ms") -> None:
+    def __init__(
+        self, budget: float, least: float, limits: Sequence[tuple[str, Decision, float]], unit: str = "ms", name: str = ""
+    ) -> None:
+        self.name = name
         self.budget = budget
         self.least = least
         self.limits = tuple(limits)
@@ -38,7 +42,21 @@ class Infeasible(ValueError):
         )
 
     def __reduce__(self) -> tuple[type[Infeasible], tuple[object, ...]]:
-        return type(self), (self.budget, self.least, self.limits, self.unit)
+        return type(self), (self.budget, self.least, self.limits, self.unit, self.name)
+
+
+@dataclass(frozen=True, eq=False)
+class Limit:
+    """A further linear constraint: the costs of the choices, `costs[i]` at site i, sum to at most `budget`, in `unit` (`ms` or `bytes`)."""
+
+    name: str
+    costs: tuple[Floats, ...]
+    budget: float
+    unit: str = "ms"
+
+    def total(self, indices: Sequence[int]) -> float:
+        """The cost of a policy."""
+        return float(sum(c[j] for c, j in zip(self.costs, indices, strict=True)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +65,7 @@ class Problem:
 
     loss[i], latency_ms[i], size_bytes[i]: (len(choices[i]),); loss in nats per token, taken to add up over sites;
     finite, latencies and sizes not negative. Latencies are of the sites alone: fixed costs belong in the budget.
+    limits: what every policy has to keep besides the latency budget.
     """
 
     sites: tuple[str, ...]
@@ -54,11 +73,14 @@ class Problem:
     loss: tuple[Floats, ...]
     latency_ms: tuple[Floats, ...]
     size_bytes: tuple[Floats, ...]
+    limits: tuple[Limit, ...] = ()
 
     def __post_init__(self) -> None:
         columns = {"loss": self.loss, "latency_ms": self.latency_ms, "size_bytes": self.size_bytes}
         for name, arrays in columns.items():
             object.__setattr__(self, name, tuple(_checked(name, self.sites, arrays, self.choices)))
+        checked = [replace(x, costs=tuple(_checked(x.name, self.sites, x.costs, self.choices))) for x in self.limits]
+        object.__setattr__(self, "limits", tuple(checked))
 
     @cached_property
     def _position(self) -> tuple[dict[Decision, int], ...]:
@@ -100,39 +122,54 @@ class Problem:
         loss, latency, size = (float(sum(c[j] for c, j in zip(column, indices, strict=True))) for column in columns)
         return loss, latency, size
 
+    def meets(self, indices: Sequence[int]) -> bool:
+        """Whether a policy keeps all limits (not the latency budget, which is no part of the problem)."""
+        return all(limit.total(indices) <= limit.budget * (1 + TOLERANCE) for limit in self.limits)
+
     def with_loss(self, loss: Sequence[Floats]) -> Problem:
-        """The same choices and costs under other losses."""
-        return Problem(self.sites, self.choices, tuple(loss), self.latency_ms, self.size_bytes)
+        """The same choices, costs and limits under other losses."""
+        return replace(self, loss=tuple(loss))
 
-    def pruned(self, *, keep_size: bool = False) -> Pruned:
-        """Without the choices that another one of the site beats or equals in loss and latency (and size, with `keep_size`).
+    def limited(self, limits: Sequence[Limit]) -> Problem:
+        """The same choices under these limits alone."""
+        return replace(self, limits=tuple(limits))
 
-        The optimum's loss under a latency budget is unchanged; with `keep_size`, under a size budget as well.
+    def size_limit(self, size_bytes: float) -> Limit:
+        """At most so many bytes of the sites."""
+        return Limit("size", self.size_bytes, size_bytes, "bytes")
+
+    def pruned(self) -> Pruned:
+        """Without the choices that another one of the site beats or equals in loss, latency and the costs of all limits.
+
+        The optimum's loss under a latency budget and the limits is unchanged.
         """
-        columns = (self.loss, self.latency_ms, self.size_bytes)[: 3 if keep_size else 2]
+        columns = (self.loss, self.latency_ms, *(limit.costs for limit in self.limits))
         kept = tuple(_undominated(np.stack([column[i] for column in columns], axis=1)) for i in range(len(self.sites)))
         choices = tuple(tuple(own[j] for j in keep) for own, keep in zip(self.choices, kept, strict=True))
-        cut = [
-            tuple(a[k] for a, k in zip(column, kept, strict=True)) for column in (self.loss, self.latency_ms, self.size_bytes)
-        ]
-        return Pruned(Problem(self.sites, choices, *cut), kept)
+
+        def cut(column: tuple[Floats, ...]) -> tuple[Floats, ...]:
+            return tuple(a[k] for a, k in zip(column, kept, strict=True))
+
+        limits = tuple(replace(limit, costs=cut(limit.costs)) for limit in self.limits)
+        return Pruned(Problem(self.sites, choices, cut(self.loss), cut(self.latency_ms), cut(self.size_bytes), limits), kept)
 
     def check_budget(self, budget_ms: float) -> None:
         """Raises `Infeasible` where even the fastest choices exceed the budget, ValueError where it is no number."""
         self._check(budget_ms, self.latency_ms, "ms")
 
-    def check_size(self, size_bytes: float) -> None:
-        """Raises `Infeasible` where even the smallest choices exceed the size, ValueError where it is no number."""
-        self._check(size_bytes, self.size_bytes, "bytes")
+    def check_limits(self) -> None:
+        """Raises `Infeasible` where even the cheapest choices exceed a limit, ValueError where it is no number."""
+        for limit in self.limits:
+            self._check(limit.budget, limit.costs, limit.unit, limit.name)
 
-    def _check(self, budget: float, column: tuple[Floats, ...], unit: str) -> None:
+    def _check(self, budget: float, column: tuple[Floats, ...], unit: str, name: str = "") -> None:
         if not np.isfinite(budget):
             raise ValueError(f"problem: budget={budget} {unit}; give a finite number")
         least = float(sum(c.min() for c in column))
         if least > budget * (1 + TOLERANCE):
             best = [int(c.argmin()) for c in column]
             limits = [(s, self.choices[i][best[i]], float(column[i][best[i]])) for i, s in enumerate(self.sites)]
-            raise Infeasible(budget, least, sorted(limits, key=lambda item: -item[2])[:10], unit)
+            raise Infeasible(budget, least, sorted(limits, key=lambda item: -item[2])[:10], unit, name)
 
 
 @dataclass(frozen=True, eq=False)

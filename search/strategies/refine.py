@@ -42,7 +42,7 @@ class RefineOptions:
 
 
 class Refine:
-    """A `Strategy` that never proposes a policy above the budget and never one twice.
+    """A `Strategy` that never proposes a policy above the budget or beyond the problem's limits, and never one twice.
 
     Its neighbourhoods: one to three sites of a parent take a better choice and others a faster one, until the total stands in the
     band just below the budget (EvoPress' level switches under a latency); and the exact problem solved again with losses times
@@ -112,7 +112,7 @@ class Refine:
                 self._told[indices] = item
 
     def _fits(self, indices: Indices) -> bool:
-        return self._problem.totals(indices)[1] <= self._budget_ms * (1 + TOLERANCE)
+        return self._problem.totals(indices)[1] <= self._budget_ms * (1 + TOLERANCE) and self._problem.meets(indices)
 
     def _parents(self) -> list[Indices]:
         """The told policies of least KL among those on the most tokens, or the seeds."""
@@ -121,7 +121,7 @@ class Refine:
         return best or list(self._seeds[:n])
 
     def _new(self, pool: Iterable[Indices]) -> list[Indices]:
-        unique = dict.fromkeys(pool)
+        unique = dict.fromkeys(indices for indices in pool if self._problem.meets(indices))
         return [indices for indices in unique if self._problem.policy(indices).key() not in self._known]
 
     def _candidates(self) -> list[Indices]:

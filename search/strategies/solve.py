@@ -35,32 +35,28 @@ class Solution:
     shadow_price: float
 
 
-def solve(problem: Problem, budget_ms: float, *, size_bytes: float | None = None, time_limit_s: float = 10.0) -> Solution:
-    """The best policy within the latency budget, and the size budget where one is given.
+def solve(problem: Problem, budget_ms: float, *, time_limit_s: float = 10.0) -> Solution:
+    """The best policy within the latency budget and the problem's limits.
 
-    The integer programme; where HiGHS runs out of time, the better of its solution and the bucketed dynamic programme's.
-    Raises `Infeasible` with what limits the budget.
+    The integer programme; where HiGHS runs out of time, the better of its solution and the bucketed dynamic programme's, which knows no
+    limits and is only for problems without. Raises `Infeasible` with what limits the budget.
     """
-    pruned = problem.pruned(keep_size=size_bytes is not None)
+    pruned = problem.pruned()
     small = pruned.problem
-    exact = solve_milp(small, budget_ms, size_bytes=size_bytes, time_limit_s=time_limit_s)
+    exact = solve_milp(small, budget_ms, time_limit_s=time_limit_s)
     indices: Indices
     method: Solver
-    if size_bytes is None:
+    if not small.limits:
         indices, method = _better(small, budget_ms, exact)
     elif exact is not None:
-        indices, method = exact.indices, _name(exact)
+        indices, method = exact.indices, "milp" if exact.proven else "milp-time-limit"
     else:
-        raise _explained(small, budget_ms, size_bytes, time_limit_s)
+        raise _explained(small, budget_ms, time_limit_s)
     indices = pruned.back(indices)
     loss, latency_ms, total_bytes = problem.totals(indices)
     bound = exact.bound if exact else float("-inf")
     price = shadow_price(small, budget_ms)
     return Solution(problem.policy(indices), indices, loss, latency_ms, total_bytes, bound, method, price)
-
-
-def _name(exact: MilpSolution) -> Solver:
-    return "milp" if exact.proven else "milp-time-limit"
 
 
 def _better(problem: Problem, budget_ms: float, exact: MilpSolution | None) -> tuple[Indices, Solver]:
@@ -75,13 +71,13 @@ def _better(problem: Problem, budget_ms: float, exact: MilpSolution | None) -> t
     return bucketed, "dp"
 
 
-def _explained(problem: Problem, budget_ms: float, size_bytes: float, time_limit_s: float) -> Exception:
-    """Why both budgets together gave nothing: the smallest policy within the latency budget is too big, or time ran out."""
-    smallest = solve_milp(problem.with_loss(problem.size_bytes), budget_ms, time_limit_s=time_limit_s)
-    if smallest is None or smallest.bound <= size_bytes:
-        return RuntimeError(
-            f"solve: nothing found in {time_limit_s:g} s under {budget_ms:g} ms and {size_bytes:g} bytes; allow more"
-        )
-    columns = zip(problem.sites, problem.choices, problem.size_bytes, smallest.indices, strict=True)
-    limits = sorted(((s, own[j], float(size[j])) for s, own, size, j in columns), key=lambda item: -item[2])
-    return Infeasible(size_bytes, smallest.loss, limits[:10], "bytes")
+def _explained(problem: Problem, budget_ms: float, time_limit_s: float) -> Exception:
+    """Why the budget and the limits together gave nothing: the first limit that no policy keeps besides those before it, or time."""
+    for index, limit in enumerate(problem.limits):
+        before = problem.limited(problem.limits[:index]).with_loss(limit.costs)
+        least = solve_milp(before, budget_ms, time_limit_s=time_limit_s)
+        if least is not None and least.bound > limit.budget * (1 + TOLERANCE):
+            columns = zip(problem.sites, problem.choices, limit.costs, least.indices, strict=True)
+            parts = sorted(((s, own[j], float(cost[j])) for s, own, cost, j in columns), key=lambda item: -item[2])
+            return Infeasible(limit.budget, least.loss, parts[:10], limit.unit, limit.name)
+    return RuntimeError(f"solve: nothing found in {time_limit_s:g} s under {budget_ms:g} ms and the other limits; allow more")

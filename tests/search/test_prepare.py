@@ -5,7 +5,7 @@ import pytest
 from methods.policy import DENSE, Decision, Policy
 from predictors.latency import Run, fit_latency
 from search.files import Steps, content_key
-from search.prepare import _worth_having, map_policies
+from search.pricing import map_policies, worth_having
 from search.prepared import Option, SiteOptions
 
 
@@ -16,17 +16,17 @@ def option(fmt: str, ms: float, bits: float) -> Option:
 
 def test_slower_and_narrower_options_are_dropped() -> None:
     options = [option("bf16", 5, 16), option("w8a8-g64", 3, 8.25), option("w4a8-g64", 2, 4.25), option("w3a8-g64", 2.5, 3.25)]
-    assert [o.format for o in _worth_having(options)] == ["bf16", "w8a8-g64", "w4a8-g64"]
+    assert [o.format for o in worth_having(options)] == ["bf16", "w8a8-g64", "w4a8-g64"]
 
 
 def test_rounded_activations_do_not_replace_exact_ones() -> None:
     options = [option("bf16", 5, 16), option("w8a8-g64", 3, 8.25), option("w4a16-g64", 4, 4.25)]
-    assert len(_worth_having(options)) == 3
+    assert len(worth_having(options)) == 3
 
 
 def test_the_dense_option_stays_though_it_is_slowest() -> None:
     options = [option("bf16", 5, 16), option("w8a8-g64", 3, 8.25)]
-    assert _worth_having(options) == options
+    assert worth_having(options) == options
 
 
 def test_policies_for_the_map_differ_and_reach_from_fast_to_slow() -> None:

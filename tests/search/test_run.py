@@ -1,11 +1,8 @@
 """The whole way on tiny models: search, resume, re-solve, every architecture, bad input."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +15,9 @@ from methods.policy import DENSE, Policy
 from search.cli import main
 from search.config import RunConfig
 from search.evaluate import Evaluator, Switch
+from search.folder import open_store
 from search.progress import Progress
-from search.run import open_store, run_study
+from search.run import run_study
 from search.session import Session
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -124,7 +122,8 @@ def test_another_objective_uses_what_is_known(study) -> None:
     """Re-solving reads no model; only the validation that follows does."""
     config, _ = study
     code = (
-        "import sys, time\nfrom search.run import *\nfrom search.config import RunConfig, read_toml\nfrom pathlib import Path\n"
+        "import sys\nfrom pathlib import Path\nfrom search.run import *\n"
+        "from search.config import RunConfig, read_toml\nfrom search.folder import study_key\n"
         f"c = RunConfig(**{{**read_toml(Path({str(config.folder / 'config.toml')!r})), 'latency': '0.95x'}})\n"
         "p = Prepared.from_json(Steps(c.folder / 'steps').get('prepared', study_key(c)))\n"
         "print(len(resolve(p, c.objective, c).solution.policy.sites), 'torch' in sys.modules)"
@@ -179,26 +178,6 @@ def test_a_study_of_another_model_is_refused(study, tmp_path, capsys) -> None:
     )
     assert code == 2
     assert "a study with --model" in capsys.readouterr().err
-
-
-def test_a_killed_run_continues(tmp_path, cache) -> None:
-    """Killed at several moments, the same command ends with the answer, and finished steps are not repeated."""
-    model = save_tiny(tmp_path / "model", "llama")
-    command = [sys.executable, "-m", "search.cli", "run"]
-    command += flags(model=model, latency="50x", results=tmp_path / "results", cache=cache, study="k", **SMALL)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = (0, 1)  # 1: finished, but too contended a machine to claim the objective
-    for seconds in (6.0, 9.0):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment)
-        time.sleep(seconds)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode in finished, done.stderr
-    again = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert again.returncode in finished, again.stderr
-    assert "calibrating" not in again.stderr
-    assert "measuring" not in again.stderr
 
 
 def test_a_policy_file_materialises_to_the_judged_weights(study, tmp_path) -> None:

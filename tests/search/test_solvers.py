@@ -42,9 +42,9 @@ def test_milp_with_a_size_budget(seed: int) -> None:
     expected = [loss for _, (loss, t, s) in every(p) if t <= budget and s <= size]
     if not expected:
         with pytest.raises(Infeasible, match="bytes"):
-            solve(p, budget, size_bytes=size)
+            solve(p.limited([p.size_limit(size)]), budget)
         return
-    solution = solve(p, budget, size_bytes=size)
+    solution = solve(p.limited([p.size_limit(size)]), budget)
     assert solution.loss == pytest.approx(min(expected), rel=1e-6)
     assert solution.size_bytes <= size and solution.latency_ms <= budget
 
@@ -54,7 +54,7 @@ def test_size_and_latency_that_only_conflict_together() -> None:
         ("a",), ((Decision("x"), Decision("y")),), (np.ones(2),), (np.array([1.0, 2.0]),), (np.array([9.0, 3.0]),)
     )
     with pytest.raises(Infeasible) as caught:
-        solve(fast_is_big, 1.5, size_bytes=5.0)
+        solve(fast_is_big.limited([fast_is_big.size_limit(5.0)]), 1.5)
     assert caught.value.unit == "bytes" and caught.value.least == 9.0 and caught.value.limits[0][0] == "a"
 
 
@@ -193,7 +193,7 @@ def test_pruning_keeps_the_optimum_and_drops_the_dominated() -> None:
     size = np.array([1.0, 5.0, 1.0, 4.0, 1.0])
     p = Problem(("s",), (choices,), (loss,), (latency,), (size,))
     assert p.pruned().kept[0].tolist() == [0, 1]
-    assert p.pruned(keep_size=True).kept[0].tolist() == [0, 3, 4]
+    assert p.limited([p.size_limit(9.0)]).pruned().kept[0].tolist() == [0, 3, 4]
     for seed in SEEDS:
         q = problem(seed, ties=True)
         pruned = q.pruned()

@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -10,9 +11,11 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
+from sqlalchemy.exc import OperationalError
 
 from methods.policy import Decision, Policy
-from search.study import ForeignStudy, Store, TrialRecord
+from search.study import Failure, ForeignStudy, Store, TrialRecord
 
 CONTEXT = {"model": "f00d", "target": "cpu", "batch": 1}
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,3 +158,60 @@ def test_processes_share_a_new_store(tmp_path: Path) -> None:
         process.stdout.close()
     found = Store(path, "s", CONTEXT).records()
     assert sorted(record.latency_ms for record in found) == [5.0 + k for k in range(9)]
+
+
+def test_failures_are_kept_apart_and_may_be_tried_again(tmp_path: Path) -> None:
+    store = Store(tmp_path / "study.db", "s", CONTEXT)
+    store.record_failure(trial(0).policy, "refined", "search", "out of memory (asked for 3 GiB)")
+    assert store.records() == [] and store.lookup(*trial(0).key) is None
+    assert store.record(trial(0))
+    again = Store(tmp_path / "study.db", "s", CONTEXT)
+    assert again.records() == [trial(0)]
+    (failure,) = again.failures()
+    assert failure == Failure(trial(0).policy, "refined", "search", "out of memory (asked for 3 GiB)")
+
+
+def test_readers_do_not_wait_for_a_writer(tmp_path: Path) -> None:
+    store, reader = (Store(tmp_path / "study.db", "s", CONTEXT) for _ in range(2))
+    store.record(trial(0))
+    with sqlite3.connect(tmp_path / "study.db", isolation_level=None) as other:
+        assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        other.execute("BEGIN IMMEDIATE")
+        assert reader.records() == [trial(0)]
+
+
+def test_a_database_appears_with_all_its_tables_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(*arguments: object, **options: object) -> None:
+        raise OperationalError("CREATE TABLE", {}, sqlite3.OperationalError("database or disk is full"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("optuna.storages._rdb.storage._VersionManager._init_alembic", cut)
+        with pytest.raises(ValueError, match="disk is full"):
+            Store(tmp_path / "study.db", "s", CONTEXT)
+    assert [path.name for path in tmp_path.iterdir()] == ["study.db.lock"]
+    assert Store(tmp_path / "study.db", "s", CONTEXT).record(trial(0))
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "study.db", "s", CONTEXT)
+    assert store.record(trial(0))
+    (pages,) = sqlite3.connect(tmp_path / "study.db").execute("PRAGMA page_count").fetchone()
+    with monkeypatch.context() as patched:
+        engine = store._study._storage._backend.engine  # type: ignore[attr-defined]
+        listening = sqlalchemy.event.listens_for(engine, "checkout")
+        listening(lambda connection, *_: connection.execute(f"PRAGMA max_page_count = {pages}"))
+        with pytest.raises(ValueError, match=r"cannot be written \(.*full.*\); make room") as raised:
+            for k in range(1, 200):
+                store.record(trial(k))
+        assert "\n" not in str(raised.value)
+        patched.undo()
+    found = Store(tmp_path / "study.db", "s", CONTEXT)
+    n = len(found.records())
+    assert found.records() == [trial(k) for k in range(n)] and found.record(trial(n))
+
+
+def test_two_studies_share_a_file(tmp_path: Path) -> None:
+    one, other = (Store(tmp_path / "all.db", name, {"model": name}) for name in ("one", "other"))
+    assert one.record(trial(0)) and other.record(trial(0, kl=3.0)) and other.record(trial(1))
+    assert [record.kl for record in one.records()] == [0.1] and [record.kl for record in other.records()] == [3.0, 1.1]
+    assert Store(f"sqlite:///{tmp_path / 'all.db'}", "one", {"model": "one"}).records() == one.records()

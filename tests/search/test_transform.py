@@ -14,9 +14,9 @@ from methods.policy import Decision, Policy
 from methods.policy_file import PolicyFile
 from search.config import ConfigError, RunConfig
 from search.dry_run import dry_run
+from search.folder import study_key
 from search.generate import materialize
 from search.progress import Progress
-from search.run import study_key
 from search.session import Session
 from tests.tiny import save_tiny, tiny_model
 

@@ -1,0 +1,34 @@
+"""What numbers depend on besides the configuration: versions, machine, threads, revision of the code."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from profilers.target import Target
+
+_PACKAGES = ("isolatency", "torch", "transformers", "numpy", "scipy", "optuna", "lightgbm", "safetensors")
+
+
+def environment(target: Target) -> dict[str, str]:
+    """By name: versions, the operating system, the measured device with its threads, and the revision where the code lies in git."""
+    found = {"python": platform.python_version()}
+    found |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    found |= {"system": platform.platform(), "device": target.description, "threads": str(target.threads)}
+    revision = _revision(Path(__file__).resolve().parent.parent)
+    return found | ({"revision": revision} if revision else {})
+
+
+def _revision(folder: Path) -> str:
+    """`abcdef123456`, or `abcdef123456-dirty`; empty where there is no repository, or no git to ask."""
+    if not (folder / ".git").exists():
+        return ""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

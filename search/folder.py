@@ -1,0 +1,184 @@
+"""A study's folder: what the study is about, who holds it, and the key of what was prepared for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from methods.atomic import remove_abandoned, write_text
+from methods.locks import try_lock
+from search.config import ConfigError, RunConfig, device_folders, read_toml, to_toml
+from search.files import content_key
+from search.prepared import Prepared
+
+if TYPE_CHECKING:
+    from search.session import Session
+    from search.study import Store
+
+LOCK = "study.lock"
+"""Held by the run of a study; says whose it is."""
+
+_VERSION = 1
+
+_IDENTITY = (
+    "model",
+    "transform",
+    "target",
+    "runtime",
+    "workload",
+    "data",
+    "sequence",
+    "calibration_tokens",
+    "search_tokens",
+    "threads",
+    "seed",
+)
+"""What a study is about: numbers under other values cannot be compared."""
+
+_NOT_PREPARED = (
+    "latency",
+    "ttft",
+    "tpot_p95",
+    "throughput",
+    "memory",
+    "size",
+    "devices",
+    "ttft",
+    "tpot_p95",
+    "throughput",
+    "memory",
+    "size",
+    "evaluations",
+    "budget",
+    "tokens",
+    "finalists",
+    "max_kl",
+    "tasks",
+    "limit",
+    "study",
+    "results",
+    "store",
+    "cache",
+    "export",
+)
+
+
+class Busy(ConfigError):
+    """Another process runs the study; says which."""
+
+
+@contextmanager
+def open_study(config: RunConfig) -> Iterator[Path]:
+    """The study's folder with its resolved configuration, held against other runs until the block ends.
+
+    What killed runs left unfinished in it is removed. Raises ConfigError where the path is something else or the study is about something
+    else, `Busy` where another run holds it.
+    """
+    folder = config.folder
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose another --study or --results")
+    if folder.is_dir() and not (folder / "config.toml").exists() and any(_visible(folder)):
+        raise ConfigError(f"{folder} holds something that is no study; choose another --study or --results")
+    if (folder / "config.toml").exists():
+        _check_saved(config, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error.strerror}; choose another --results") from None
+    with held(folder):
+        remove_abandoned(folder)
+        write_text(folder / "config.toml", to_toml(replace(config, store=_without_password(config.store))))
+        yield folder
+
+
+def _without_password(url: str) -> str:
+    """A database's URL as it may lie about; whoever runs the file again gives the password as the database's client reads it."""
+    return re.sub(r"(://[^:/@]*):[^/]*@", r"\1@", url)
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.iterdir() if path.name != LOCK and not path.name.startswith("."))
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Holds a study's lock; raises `Busy` where another process has it. The system frees it however the process ends."""
+    path = folder / LOCK
+    with path.open("a+", encoding="utf-8") as file:
+        if not try_lock(file.fileno()):
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise Busy(f"{folder} is held by {owner}; wait for it, stop it, or choose another --study")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        file.flush()
+        yield
+
+
+def _check_saved(config: RunConfig, folder: Path) -> None:
+    """Raises ConfigError where the folder's study is about something else; what only steers the search may change."""
+    saved = read_toml(folder / "config.toml")
+    for name in _IDENTITY:
+        mine, theirs = getattr(config, name), saved.get(name, getattr(RunConfig(), name))
+        if mine != theirs:
+            raise ConfigError(
+                f"{folder}: a study with --{name.replace('_', '-')} {_shown(theirs)}, here it is {_shown(mine)}; choose another --study"
+            )
+
+
+def _shown(value: Any) -> str:
+    return ",".join(value) or "(none)" if isinstance(value, tuple) else str(value)
+
+
+def study_key(config: RunConfig) -> str:
+    """Key of everything that the prepared study depends on, local files by size and time."""
+    values = {name: value for name, value in vars(config).items() if name not in _NOT_PREPARED}
+    files = [config.model, *(source.partition("=")[2] or source for source in config.data)]
+    files += [str(folder) for folder in device_folders(config.devices) if config.target != "cpu"]
+    asked = [workload.name for workload in config.workloads], bool(config.memory or config.size)
+    return content_key(_VERSION, values, asked, [_stat(Path(name).expanduser()) for name in files])
+
+
+def _stat(path: Path) -> list[Any]:
+    if not path.exists():
+        return []
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def check_same(session: Session, prepared: Prepared) -> None:
+    """Raises ConfigError where the study was prepared for another model or device."""
+    if session.loaded.digest != prepared.model["digest"]:
+        raise ConfigError(
+            f"{session.config.folder}: a study of another model ({prepared.model['label']}, digest {prepared.model['digest']}; here "
+            f"{session.loaded.digest}); choose another --study"
+        )
+    if session.target.fingerprint != prepared.target["fingerprint"]:
+        raise ConfigError(
+            f"{session.config.folder}: measured on another device or set-up ({prepared.target['description']}, fingerprint "
+            f"{prepared.target['fingerprint']}; here {session.target.fingerprint}); choose another --study"
+        )
+
+
+def open_store(session: Session) -> Store:
+    """The study's Optuna store; raises ForeignStudy where it belongs to something else."""
+    from search.study import Store
+
+    config = session.config
+    context = {
+        "model": session.loaded.digest,
+        "target": session.target_identity,
+        "runtime": config.runtime,
+        "workload": ", ".join(config.workload),
+        "calibration text": session.corpora["calibrate"].sha256,
+        "search text": session.corpora["search"].sha256,
+    }
+    return Store(config.store or config.folder / "study.db", config.study_name, context)

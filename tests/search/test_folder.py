@@ -1,0 +1,49 @@
+"""A study's folder: who holds it, what a killed run left in it, and what may lie about in its configuration."""
+
+from pathlib import Path
+
+import pytest
+
+from search.config import ConfigError, RunConfig, read_toml
+from search.folder import LOCK, Busy, held, open_study
+
+
+def config(folder: Path, **other: object) -> RunConfig:
+    """A study `s` in a folder."""
+    return RunConfig(**{"latency": "0.5x", "results": str(folder), "study": "s", **other})  # type: ignore[arg-type]
+
+
+def test_a_study_is_held_until_it_is_left(tmp_path: Path) -> None:
+    with open_study(config(tmp_path)) as folder:
+        with pytest.raises(Busy, match=r"is held by process \d+ on .* since 20\d\d-") as busy, open_study(config(tmp_path)):
+            pass
+        assert "choose another --study" in str(busy.value)
+    with pytest.raises(ZeroDivisionError), open_study(config(tmp_path)):
+        raise ZeroDivisionError
+    with held(folder):
+        pass
+
+
+def test_what_a_killed_run_left_is_gone_and_a_lock_alone_is_no_stranger(tmp_path: Path) -> None:
+    (tmp_path / "s" / "bank").mkdir(parents=True)
+    (tmp_path / "s" / LOCK).touch()
+    (tmp_path / "s" / "bank" / ".edit.safetensors.abc.part").write_text("half")
+    with pytest.raises(ConfigError, match="no study"), open_study(config(tmp_path)):
+        pass
+    (tmp_path / "s" / "bank" / ".edit.safetensors.abc.part").rename(tmp_path / "s" / ".edit.abc.part")
+    (tmp_path / "s" / "bank").rmdir()
+    with open_study(config(tmp_path)) as folder:
+        assert sorted(path.name for path in folder.iterdir()) == ["config.toml", LOCK]
+
+
+def test_a_password_is_not_written_down(tmp_path: Path) -> None:
+    with open_study(config(tmp_path, store="postgresql+psycopg://me:se:cr@et@host:5432/db")) as folder:
+        saved = read_toml(folder / "config.toml")
+    assert "se:cr" not in (folder / "config.toml").read_text() and saved["store"] == "postgresql+psycopg://me@host:5432/db"
+    with open_study(config(tmp_path, store="postgresql+psycopg://host/db")) as folder:
+        assert read_toml(folder / "config.toml")["store"] == "postgresql+psycopg://host/db"
+
+
+def test_a_configuration_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('latency = "0.5x"\nstorage = "sqlite:///a.db"\n')
+    assert RunConfig(**read_toml(tmp_path / "config.toml")).store == "sqlite:///a.db"
