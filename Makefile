@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check slow clean
+.PHONY: setup demo test check slow vllm clean
 
 setup: .venv/.ready
 
@@ -30,5 +30,15 @@ check: setup
 slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# vLLM pins other versions of transformers and compressed-tensors, so that its CPU build has an environment of its own (3 GB).
+.venv-vllm/.ready: constraints-vllm.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt torch
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement constraints-vllm.txt
+	touch $@
+
+vllm: setup .venv-vllm/.ready
+	$(BIN)/python -m pytest -m vllm -rP
+
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .venv-vllm build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
