@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import logging
 import math
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from search import machines
 from search.config import ConfigError, add_flags, default_cache, from_arguments
+from search.endings import Parser, Terminated, one_line, stopped_by_term
 from search.memory import out_of_memory
 
 if TYPE_CHECKING:
@@ -35,56 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     _quiet_libraries()
     try:
-        with _stopped_by_term():
+        with stopped_by_term():
             return int(parsed.command(parsed))
     except KeyboardInterrupt as stop:
         sys.stderr.write("interrupted; everything finished so far is kept, the same command goes on from there\n")
-        return 143 if isinstance(stop, _Terminated) else 130
+        return 143 if isinstance(stop, Terminated) else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, KeyError, OSError, ImportError, MemoryError, RuntimeError) as error:
         if parsed.debug or (isinstance(error, RuntimeError) and not out_of_memory(error)):
             raise
-        sys.stderr.write(f"search: {_one_line(error)}\n")
+        sys.stderr.write(f"search: {one_line(error)}\n")
         return 2
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage stands in --help."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"search: {message}; see `{self.prog} --help`\n")
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a run as Ctrl-C does."""
-
-
-@contextmanager
-def _stopped_by_term() -> Iterator[None]:
-    def stop(number: int, frame: object) -> None:
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():  # the others may not say what a signal does
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _one_line(error: BaseException) -> str:
-    if out_of_memory(error):
-        return "out of memory; use fewer --calibration-tokens or a shorter --sequence, what is finished is kept"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{error.filename or 'disk'}: {error.strerror}; make room, the same command goes on from what is finished"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'file'}: {error.strerror}"
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split()) or type(error).__name__
 
 
 def _quiet_libraries() -> None:
@@ -107,10 +67,10 @@ def _quiet_libraries() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = _Parser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks")
     common.add_argument("--json", action="store_true", help="results as JSON on stdout")
-    parser = _Parser(
+    parser = Parser(
         prog="search",
         description="Search how to compress a language model so that it really meets a latency objective on a machine.",
     )

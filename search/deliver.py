@@ -28,7 +28,7 @@ def policy_file_of(session: Session, prepared: Prepared, item: Finalist, answer:
         {
             "metric": f"latency_ms ({workload.unit})",
             "value": item.latency_ms,
-            "ci95": [item.lo_ms, item.hi_ms],
+            "ci95" if item.label == "measured" else "bounds": [item.lo_ms, item.hi_ms],
             "source": item.label,
         },
         {"metric": "size_bytes", "value": item.size_bytes, "source": "measured"},

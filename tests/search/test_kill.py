@@ -225,7 +225,7 @@ def test_an_interrupted_run_ends_at_once_with_what_is_known(
 ) -> None:
     run = reference.runs.start(command(reference.model, tmp_path), tmp_path / "log")
     study = tmp_path / "results" / "s"
-    while not run.ends_within(0.05) and len(trials(study)) < 3:
+    while not run.ends_within(0.05) and len(trials(study)) < 10:  # in the refinement
         pass
     run.signal(number)
     assert run.ends_within(10)  # a second or two; the machine may be busy

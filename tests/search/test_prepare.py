@@ -5,8 +5,8 @@ import pytest
 from methods.policy import DENSE, Decision, Policy
 from predictors.latency import Run, fit_latency
 from search.files import Steps, content_key
-from search.pricing import map_policies, worth_having
 from search.prepared import Option, SiteOptions
+from search.pricing import map_policies, worth_having
 
 
 def option(fmt: str, ms: float, bits: float) -> Option:
