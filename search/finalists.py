@@ -10,12 +10,14 @@ from typing import Any
 from methods.method import Edit
 from methods.policy import Policy
 from profilers import end_to_end
+from profilers.kernels.catalogue import KERNELS
 from profilers.label import Label
 from profilers.table import LatencyTable
 from profilers.workload import Workload
 from search.evaluate import Evaluator, Quality, paired
 from search.explore import Ranked
 from search.files import content_key
+from search.folder import study_key
 from search.in_order import compress_in_order, needs_order, ordered_bank
 from search.limits import name_of, reached_bytes, reached_ms
 from search.objectives import ByteLimit, Objective, Objectives
@@ -120,14 +122,37 @@ def measure(
 ) -> list[Finalist]:
     """Latency of every policy in all workloads asked for, with the real kernels and interleaved with the dense model, which comes first.
 
-    On a target that is not here, what its tables give instead. edits: of a policy, `session.edits` by default.
+    On a target that is not here, what its tables give instead. edits: of a policy, for measuring anew; by default those of the session,
+    whose measurements the study keeps, so that a run that was killed goes on with the same numbers. What a contended machine gave is
+    measured again.
     """
+    if edits is not None or not session.target.present:
+        return _measured(session, prepared, table, ranked, edits or session.edits)
+    kernels = [kernel.source_hash for kernel in KERNELS]
+    asked = [(item.name, item.simple, item.policy.key()) for item in ranked]
+    about = study_key(session.config), session.target.fingerprint, session.config.objectives.text
+    key = content_key(*about, kernels, prepared.latency, asked)
+    kept = session.steps.get(f"measured-{key}", key)
+    if kept is not None:
+        return [Finalist.from_json(item) for item in kept]
+    found = _measured(session, prepared, table, ranked, session.edits)
+    if not any(item.contended for item in found):
+        session.steps.put(f"measured-{key}", key, [item.to_json() for item in found])
+    return found
+
+
+def _measured(
+    session: Session,
+    prepared: Prepared,
+    table: LatencyTable,
+    ranked: Sequence[Ranked],
+    edits: Callable[[Policy], Mapping[str, Edit]],
+) -> list[Finalist]:
     items = [Ranked(DENSE_NAME, Policy(), Quality((0.0,), (0.0,), 0), True), *ranked]
     if not session.target.present:
         return [_assumed(session.config.objectives, prepared, item) for item in items]
     runs = {
-        workload: _runs(session, prepared, table, items, workload, edits or session.edits)
-        for workload in session.config.objectives.workloads
+        workload: _runs(session, prepared, table, items, workload, edits) for workload in session.config.objectives.workloads
     }
     return [_finalist(session, prepared, item, runs) for item in items]
 

@@ -47,7 +47,7 @@ def prepared() -> Any:
         map=SimpleNamespace(predict=lambda ms: SimpleNamespace(mean=2 * ms)),
         sum_ms=lambda policy: 1.0 + POLICIES.index(policy),
         loss=lambda policy: 0.5,
-        problem=SimpleNamespace(indices=lambda policy: (0,)),
+        problem=SimpleNamespace(indices=lambda policy: (0,), meets=lambda indices: True),
     )
 
 

@@ -187,9 +187,11 @@ def test_the_same_seed_searches_the_same_and_another_one_does_not(reference: Ref
 
 
 def test_a_finished_run_repeats_nothing(reference: Reference) -> None:
-    log = reference.folder / "again"
+    log, study = reference.folder / "again", reference.folder / "results" / "s"
+    steps = {path.name: path.stat().st_mtime_ns for path in (study / "steps").iterdir()}
+    assert {name.split("-")[0] for name in steps} >= {"measured", "search", "validate", "report"}
     assert reference.runs.run(command(reference.model, reference.folder), log) == 0
-    study = reference.folder / "results" / "s"
+    assert {path.name: path.stat().st_mtime_ns for path in (study / "steps").iterdir()} == steps
     assert outcome(study) == reference.outcome
     (answer,) = answers(study).values()
     assert answer.cost["true evaluations in this run"] == 0
