@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/search run --target cpu --latency 0.65x --evaluations 4 --finalists 1
 
 test: setup check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -53,16 +53,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
-    for name in (
-        "transformers",
-        "optuna",
-        "lm_eval",
-        "compressed_tensors",
-        "torchao",
-        "torch.utils._pytree",
-        "autoround",
-        "matplotlib",
-    ):
+    chatty = "transformers optuna lm_eval compressed_tensors torchao autoround matplotlib torch.utils._pytree"
+    for name in chatty.split(" "):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -19,15 +19,15 @@ from search.files import Steps, content_key
 from search.folder import check_same, open_store, open_study, study_key
 from search.limits import kernel_budget, median_limit, tightened, under
 from search.objectives import Objective
+from search.outcome import notes_of, predictor_report, search_notes, verdict
 from search.prepared import Prepared
 from search.progress import Progress
 from search.strategies.problem import Infeasible
 from search.strategies.solve import Solution, solve
 
 if TYPE_CHECKING:
-    from search.explore import Ranked, Truth
+    from search.explore import Ranked
     from search.finalists import Finalist
-    from search.report.content import Verdict
     from search.results import Answer
     from search.session import Session
     from search.study import Store
@@ -40,9 +40,6 @@ BASELINES = 2
 
 MARGIN = 0.005
 """Share of the objective left free besides the measured interval, so that the next measurement meets it too."""
-
-DRIFT = 1.15
-"""Change of the dense model's latency between pricing and validation that the answer mentions."""
 
 
 class Unreachable(ValueError):
@@ -229,14 +226,14 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
     answer = Answer(
         objective=config.objectives.text,
         limit_ms=objective.value * finalists[0].latency_ms if objective.relative else objective.value,
-        verdict=_verdict(session, finalists, chosen),
+        verdict=verdict(session, finalists, chosen),
         finalists=tuple(finalists),
         chosen=None if chosen is None else finalists.index(chosen),
         simple=None if simple is None else finalists.index(_same(finalists, simple)),  # type: ignore[arg-type]
         difference=difference,
         shadow_price=found.solution.shadow_price,
         predicted={"kl": found.solution.loss, "latency_ms": prepared.map.predict(found.solution.latency_ms).mean},
-        predictor=_predictor_report(
+        predictor=predictor_report(
             first_stage_records(prepared, store.records(), truth.first_tokens), features_of(prepared), config.seed
         ),
         cost={
@@ -246,7 +243,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
             "true evaluations in the study": len(store.records()),
         },
         versions=environment(session.target),
-        notes=(*_notes(session, prepared, finalists, chosen, simple, config), *_search_notes(truth)),
+        notes=(*notes_of(session, prepared, finalists, chosen, simple, config), *search_notes(truth)),
     )
     texts = {policy_name(item, answer): policy_text(session, prepared, item, answer) for item in finalists if item.policy.sites}
     with session.progress.busy("writing the report"):
@@ -307,13 +304,6 @@ def _begun(session: Session, store: Store, found: Resolved) -> int:
     return session.steps.made(f"search-{key}", key, lambda: len(store.records()))
 
 
-def _search_notes(truth: Truth) -> list[str]:
-    """What cut the search short."""
-    notes = [f"the search ended early, {truth.budget.spent()} being used up: an answer from what was known by then"]
-    failed = [f"{len(truth.failed)} evaluation(s) failed: {next(iter(truth.failed.values()))}"] if truth.failed else []
-    return (notes if truth.budget.spent() else []) + failed
-
-
 def _search_evaluator(session: Session) -> Any:
     from search.evaluate import Evaluator
 
@@ -361,17 +351,6 @@ def _same(finalists: Sequence[Finalist], wanted: Finalist | None) -> Finalist | 
     return None if wanted is None else next(item for item in finalists if item.policy.key() == wanted.policy.key())
 
 
-def _verdict(session: Session, finalists: Sequence[Finalist], chosen: Finalist | None) -> Verdict:
-    if chosen is not None and not session.target.present:
-        return "unvalidated"
-    return "met" if chosen is not None and not contended(finalists) else "not met"
-
-
-def contended(finalists: Sequence[Finalist]) -> bool:
-    """Whether the machine was not free while one of them was measured."""
-    return any(item.contended for item in finalists)
-
-
 def _with_tasks(session: Session, judge: Any, finalists: list[Finalist], chosen: Finalist | None) -> list[Finalist]:
     """Scores of the tasks asked for, of the dense model and of the answer."""
     if not session.config.tasks:
@@ -393,59 +372,3 @@ def _with_tasks(session: Session, judge: Any, finalists: list[Finalist], chosen:
         return session.steps.made(f"tasks-{key}", key, lambda: scores(item))
 
     return [replace(item, tasks=kept(item)) if item is chosen or not item.policy.sites else item for item in finalists]
-
-
-def _predictor_report(records: Sequence[Any], features: Any, seed: int) -> dict[str, Any] | None:
-    from predictors.loss import evaluate_unseen
-    from search.results import plain_report
-
-    if len({record.policy.key() for record in records}) < 6:
-        return None
-    return plain_report(evaluate_unseen(records, features, seed=seed))
-
-
-def _notes(
-    session: Session,
-    prepared: Prepared,
-    finalists: Sequence[Finalist],
-    chosen: Finalist | None,
-    simple: Finalist | None,
-    config: RunConfig,
-) -> list[str]:
-    notes = []
-    if not session.target.present:
-        notes.append(
-            f"{session.target.name} is not here: every latency is {prepared.label}, none was measured for this study; qualities were truly "
-            f"evaluated; `search validate {session.config.folder}`, run there, measures and confirms or solves again"
-        )
-    if contended(finalists):
-        notes.append(
-            "the machine was contended while latency was measured: no objective is claimed to be met; run again when it is quiet"
-        )
-    drift = finalists[0].latency_ms / prepared.dense_ms[0]
-    if not 1 / DRIFT < drift < DRIFT:
-        notes.append(
-            f"the dense model took {finalists[0].latency_ms:.3g} ms now and {prepared.dense_ms[0]:.3g} ms when the choices were priced: "
-            "the machine was in another state; ratios are paired by round and hold, milliseconds are those of this run"
-        )
-    if chosen is None:
-        notes.append(
-            "no policy met the objective when measured; the nearest are in the table"
-            if session.target.present
-            else "no policy is expected to meet the objective; the nearest are in the table"
-        )
-    elif config.max_kl and chosen.kl > config.max_kl:
-        notes.append(f"the answer's KL {chosen.kl:.3g} exceeds --max-kl {config.max_kl:g}: no policy meets both")
-    if chosen is not None and chosen.recompressed:
-        notes.append(
-            f"the answer's weights were compressed in order, on the compressed prefix: KL {chosen.plain_kl:.3g} before, {chosen.kl:.3g} "
-            "after, on the validation text; it is compared with simple policies before that"
-            if simple is None or not simple.recompressed
-            else "the answer and the best simple policy were compressed in order, on the compressed prefix"
-        )
-    if config.runtime != "isolatency":
-        notes.append(
-            f"latency is of this project's kernels on {session.target.name}; it was not measured in {config.runtime}, "
-            "whose own kernels differ"
-        )
-    return notes

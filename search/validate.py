@@ -21,11 +21,12 @@ from search.finalists import Finalist, Judge, choose, measure
 from search.folder import held, study_key
 from search.limits import under
 from search.objectives import Objectives
+from search.outcome import contended
 from search.prepared import Prepared
 from search.pricing import price
 from search.progress import Progress
 from search.results import Answer, policy_name, save, saved_answer, saved_config, saved_prepared
-from search.run import Unreachable, contended, describe_solution, prepare_study, resolve, validate_study
+from search.run import Unreachable, describe_solution, prepare_study, resolve, validate_study
 from search.session import Session
 
 
