@@ -116,7 +116,9 @@ def saved_prepared(folder: Path) -> Prepared:
     path = folder / "steps" / "prepared.json"
     if not path.exists():
         raise ConfigError(f"{folder}: nothing is prepared there yet; repeat `search run` to finish it")
-    return _read(path, lambda data: Prepared.from_json(data["value"]))
+    prepared = _read(path, lambda data: Prepared.from_json(data["value"]))
+    # Studies of earlier versions were prepared for one workload and do not repeat which.
+    return prepared if prepared.workload else replace(prepared, workload=saved_config(folder).load.name)
 
 
 def saved_answer(folder: Path, objective: str = "") -> Answer:

@@ -1,5 +1,6 @@
 """What the report says of where loss and time sit, of a millisecond's price, and of predictions that were put to the test."""
 
+import json
 import shutil
 import subprocess
 from dataclasses import replace
@@ -10,11 +11,13 @@ import pytest
 from methods.policy import Policy
 from predictors.latency import LatencyModel, Run, fit_latency
 from predictors.loss import PredictorReport
+from search.config import RunConfig, to_toml
 from search.frontier import Candidate
 from search.prepared import Option, Prepared, SiteOptions
 from search.report.honesty import Pair, draw_pairs
 from search.report.limits import Limit, limits, shares, slopes
 from search.report.page import page, write_page
+from search.results import saved_prepared
 from tests.search.reports import data, predicted
 
 W4, W8 = "gptq:format=w4a8-g64", "gptq:format=w8a8-g64"
@@ -118,3 +121,11 @@ def test_a_browser_shows_it_without_overflow(width: int, tmp_path: Path) -> None
     overflow, circles, hidden, told = done.stdout.split('data-probe="')[1].split('"')[0].split(",")
     assert (circles, hidden, told) == ("6", "false", "true")
     assert int(overflow) <= 0
+
+
+def test_a_study_of_an_earlier_version_takes_its_workload_from_the_configuration(tmp_path: Path) -> None:
+    old = {name: value for name, value in prepared().to_json().items() if name != "workload"}
+    (tmp_path / "steps").mkdir()
+    (tmp_path / "steps" / "prepared.json").write_text(json.dumps({"key": "", "value": old}))
+    (tmp_path / "config.toml").write_text(to_toml(RunConfig(workload="decode:batch=2,context=64")))
+    assert saved_prepared(tmp_path).workload == "decode:batch=2,context=64"
