@@ -1,11 +1,12 @@
 """What GPTQ of the whole default model costs: CPU seconds of one sweep over all its linears, and the memory it takes.
 
-    OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive MALLOC_MMAP_THRESHOLD_=4194304 python -m results.benchmarks.gptq_cost
+    python -m results.benchmarks.gptq_cost
 
 Calibrates on random tokens, whose cost is that of any text, block by block, rounds every linear and drops the result. Memory is the peak
-of the process less what it held once the libraries were imported: model, statistics, hidden states and temporaries. The threshold makes
-glibc give freed temporaries back at once; left to itself it keeps some 40 to 100 MB of them. CPU seconds count threads that wait for each
-other only where they spin, which passive waiting keeps them from. Prints JSON.
+of the process less what it held once the libraries were imported: model, statistics, hidden states and temporaries. Prints JSON.
+
+On a busy machine threads that spin while they wait for each other count as CPU time: OMP_WAIT_POLICY=passive keeps them from it. glibc
+keeps some 40 to 100 MB of freed temporaries; MALLOC_MMAP_THRESHOLD_=4194304 makes it give them back at once.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def _page(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], facts: Mappin
         "",
         f"{facts['model']} (weights {facts['digest']}), calibrated on {facts['calibration']}, judged on {facts['evaluation']}, which no",
         f"method has seen. Dense perplexity: {facts['dense_perplexity']:.2f}. All numbers are **measured**, with the reference numerics of",
-        f"each format, on {facts['threads']} threads, torch {facts['torch']}, {facts['date']}, seed 0.",
+        f"each format, on {facts['threads']} thread(s), torch {facts['torch']}, {facts['date']}, seed 0.",
         "",
         *(f"- {note}" for note in facts["notes"]),
         "",
