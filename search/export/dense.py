@@ -16,12 +16,13 @@ from methods.checkpoint import narrow
 from methods.formats.format import Format
 from methods.formats.numerics import DTYPES
 from methods.method import Edit
+from methods.model.describe import describe
 from methods.model.experts import stock_state_dict
 from methods.model.structure import LayerSpec, Site, Structure
 from methods.policy_file import PolicyFile
 from search.export import folder as output
 from search.export.serving import transformers_entry
-from search.export.verification import Verification, compare
+from search.export.verification import Verification, compare, policy_formats
 
 if TYPE_CHECKING:
     from methods.model.load import LoadedModel
@@ -83,4 +84,4 @@ def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
     """
     lost = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
     tolerance = float("inf") if any(loss["lost"] == "activations" for loss in lost) else 1e-3
-    return compare(folder, reference, ids, [], tolerance)
+    return compare(folder, reference, ids, list(policy_formats(folder, describe(reference))), tolerance)

@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from methods import policy_file
-from methods.formats.format import parse_format
 from methods.formats.gguf_types import block_type
 from methods.model.describe import describe
 from methods.model.experts import stock_state_dict
@@ -23,7 +21,7 @@ from methods.model.quiet import quiet
 from methods.model.structure import Structure
 from search.export.gguf_layout import MODEL, family, names, row_order
 from search.export.llama_cpp import LlamaCpp, LlamaCppRefusal, installed
-from search.export.verification import Verification, compare, nll, stock
+from search.export.verification import Verification, compare, nll, policy_formats, stock
 
 TRANSFORMERS_TOLERANCE = 5e-3
 LLAMA_TOLERANCE = 0.03
@@ -45,8 +43,7 @@ def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
     # A file whose tensors do not fit is not handed to runtimes, which would read past them.
     if problems:
         return Verification(float("inf"), float("nan"), float("nan"), 0, False, "; ".join(problems))
-    policy = policy_file.read(folder / "policy.yaml", structure).policy
-    linears = [layer.name for site, layer in structure.layers() if policy.at(site.name)[-1].knob("format")]
+    linears = list(policy_formats(folder, structure))
     with inputs_alone(reference):
         check = compare(folder, reference, ids, linears, TRANSFORMERS_TOLERANCE, load=_load)
     problems = [] if check.ok else [check.message]
@@ -85,7 +82,7 @@ def _file_problems(folder: Path, reference: Any, structure: Structure) -> list[s
         tensors = {tensor.name: tensor for tensor in GGUFReader(folder / MODEL).tensors}
     except (OSError, ValueError, IndexError, KeyError) as error:
         return [f"{MODEL} cannot be read ({error}); export again"]
-    types = _types(folder, structure)
+    types = {f"{name}.weight": block_type(fmt) for name, fmt in policy_formats(folder, structure).items()}
     expected = stock_state_dict(reference)
     if structure.tied:
         expected.pop(f"{structure.head}.weight", None)
@@ -105,17 +102,6 @@ def _file_problems(folder: Path, reference: Any, structure: Structure) -> list[s
             problems.append(f"{name} does not decode to the evaluated weights")
     problems += [f"{name} is none of the model's" for name in tensors]
     return [*problems[:3], f"{len(problems) - 3} more"] if len(problems) > 3 else problems
-
-
-def _types(folder: Path, structure: Structure) -> dict[str, str | None]:
-    """The types that the policy's formats have, by parameter."""
-    policy = policy_file.read(folder / "policy.yaml", structure).policy
-    types = {}
-    for site, layer in structure.layers():
-        name = policy.at(site.name)[-1].knob("format")
-        if name is not None:
-            types[f"{layer.name}.weight"] = block_type(parse_format(str(name)))
-    return types
 
 
 def _probes(folder: Path) -> dict[str, list[int]]:
