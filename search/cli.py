@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "--format", required=True, help="compressed-tensors, auto-round, gptq, torchao, gguf, dense, modelopt, mlx"
     )
     export.add_argument("--objective", default="", help="which answer, for example 0.6x; default: the latest")
+    export.add_argument("--candidate", default="", metavar="N", help="`best`, or another policy's row or name in `search show`")
     export.add_argument("--out", default="", help="folder to write; default: in the study")
     return parser
 
@@ -354,7 +355,7 @@ def _checkpoint(folder: Path) -> Path:
     answer = saved_answer(folder)
     if answer.best is None or not answer.best.policy.sites:
         raise ConfigError(f"{folder}: its latest answer is the dense model, which has no checkpoint")
-    return checkpoint_folder(folder, answer)
+    return checkpoint_folder(folder, answer.best)
 
 
 def _materialize(arguments: argparse.Namespace) -> int:
@@ -376,13 +377,14 @@ def _export(arguments: argparse.Namespace) -> int:
 
     folder, out = Path(arguments.study), Path(arguments.out) if arguments.out else None
     if is_checkpoint(folder):
-        if out is None or arguments.objective:
+        if out is None or arguments.objective or arguments.candidate:
             raise ConfigError(
-                f"{folder} is a checkpoint, not a study: --out says where its export goes, and --objective nothing"
+                f"{folder} is a checkpoint, not a study: --out says where its export goes; --objective and --candidate say nothing"
             )
         path, check = out, export_checkpoint(folder, arguments.format, out)
     else:
-        path, check = export_study(folder, saved_answer(folder, arguments.objective), arguments.format, out, Progress())
+        answer = saved_answer(folder, arguments.objective)
+        path, check = export_study(folder, answer, arguments.format, out, Progress(), arguments.candidate or "best")
     if arguments.json:
         print(json.dumps(_plain({"folder": str(path), **vars(check)}), indent=1))
     else:

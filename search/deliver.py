@@ -68,11 +68,9 @@ def policy_text(session: Session, prepared: Prepared, item: Finalist, answer: An
     return policy_file.render(policy_file_of(session, prepared, item, answer), session.loaded.structure)
 
 
-def checkpoint_folder(folder: Path, answer: Answer) -> Path:
-    """Where the answer's own checkpoint lies: named by policy and weights, so that equal answers share it."""
-    best = answer.best
-    assert best is not None
-    return folder / "models" / f"{best.policy.key()}{'-in-order' if best.recompressed else ''}"
+def checkpoint_folder(folder: Path, item: Finalist) -> Path:
+    """Where an answer's own checkpoint lies: named by policy and weights, so that equal answers share it."""
+    return folder / "models" / f"{item.policy.key()}{'-in-order' if item.recompressed else ''}"
 
 
 def deliver(session: Session, prepared: Prepared, answer: Answer, edits: Mapping[str, Any]) -> None:
@@ -82,7 +80,7 @@ def deliver(session: Session, prepared: Prepared, answer: Answer, edits: Mapping
     best = answer.best
     assert best is not None
     file = policy_file_of(session, prepared, best, answer)
-    folder = checkpoint_folder(session.config.folder, answer)
+    folder = checkpoint_folder(session.config.folder, best)
     session.switch.dense()
     if not folder.exists():
         with session.progress.busy("writing the checkpoint"):

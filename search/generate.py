@@ -27,9 +27,10 @@ from profilers.sweep import torch_threads
 from profilers.table import LatencyTable
 from profilers.target import Target, local_cpu
 from search.config import ConfigError, RunConfig, default_cache
+from search.finalists import Judge
 from search.in_order import compress_in_order, ordered_bank, stored
 from search.progress import Progress
-from search.results import Answer, saved_config, saved_prepared
+from search.results import BEST, Answer, measured_policy, saved_config, saved_prepared
 from search.session import Session
 from search.transform import text_of
 
@@ -178,18 +179,25 @@ def _from_study(session: Session, file: policy_file.PolicyFile) -> dict[str, Edi
         raise ConfigError(f"{session.config.folder}: {error.args[0]}; leave --study out to compress here") from None
 
 
-def export_study(folder: Path, answer: Answer, name: str, out: Path | None, progress: Progress) -> tuple[Path, Any]:
-    """Export a study's answer; returns the folder and what loading it back showed. Refuses what the format cannot express."""
+def export_study(
+    folder: Path, answer: Answer, name: str, out: Path | None, progress: Progress, wanted: str = BEST
+) -> tuple[Path, Any]:
+    """Export a study's answer; returns the folder and what loading it back showed. Refuses what the format cannot express.
+
+    wanted: `best`, or another measured policy: its name, or its row in the table of `search show`, counted from 1.
+    """
     from search.deliver import checkpoint_folder, export_answer, policy_file_of
     from search.folder import check_same
 
-    if answer.best is None:
-        raise ConfigError(f"{folder}: no policy met {answer.objective}; there is nothing to export")
+    source, item = measured_policy(folder, answer, wanted)
     config = replace(saved_config(folder), study=folder.name, results=str(folder.parent))
     session = Session(config, progress)
     prepared = saved_prepared(folder)
     check_same(session, prepared)
-    held = checkpoint.read(checkpoint_folder(folder, answer))
-    path = out or folder / "exports" / name / checkpoint_folder(folder, answer).name
-    file = policy_file_of(session, prepared, answer.best, answer)
-    return path, export_answer(session, name, file, held.edits, path, required=True)
+    place = checkpoint_folder(folder, item)
+    try:
+        edits = checkpoint.read(place).edits if place.exists() else Judge(session, prepared).edits(item)
+    except KeyError as error:
+        raise ConfigError(f"{error.args[0]}; repeat the study's `search run`, which makes it again") from None
+    path = out or folder / "exports" / name / place.name
+    return path, export_answer(session, name, policy_file_of(session, prepared, item, source), edits, path, required=True)

@@ -133,6 +133,37 @@ def saved_answer(folder: Path, objective: str = "") -> Answer:
     return found[objective or list(found)[-1]]
 
 
+BEST = "best"
+"""Names the answer's own policy."""
+
+
+def measured_policy(folder: Path, answer: Answer, wanted: str = BEST) -> tuple[Answer, Finalist]:
+    """A measured policy of a study with the answer that it was measured for.
+
+    wanted: `best`, a policy's name, or its row in the table of `search show`, counted from 1. Raises ConfigError where there is none.
+    """
+    if wanted == BEST:
+        if answer.best is None:
+            raise ConfigError(f"{folder}: no policy met {answer.objective}; name one of the measured ones with --candidate")
+        return answer, answer.best
+    rows = sorted(measured_entries(folder, answer, saved_config(folder).stated_workloads), key=_by_latency)
+    names = [entry.candidate.name for entry in rows]
+    found = [entry for row, entry in enumerate(rows, 1) if wanted in (str(row), entry.candidate.name)]
+    if not found:
+        raise ConfigError(
+            f"--candidate {wanted}: not measured there; use best, a row from 1 to {len(rows)}, or {', '.join(names)}"
+        )
+    key = found[0].candidate.policy.key()
+    if not found[0].candidate.policy.sites:
+        raise ConfigError(f"--candidate {wanted}: the dense model, of which there is nothing to export")
+    held = [(source, item) for source in [answer, *answers(folder).values()] for item in source.finalists]
+    return next((source, item) for source, item in held if item.policy.key() == key)
+
+
+def _by_latency(entry: Entry) -> tuple[float, float]:
+    return entry.candidate.latency_ms, entry.candidate.kl
+
+
 def saved_report(folder: Path, objective: str = "") -> ReportData:
     """The report of a finished study, from what it left behind."""
     return report_data(folder, saved_answer(folder, objective), saved_prepared(folder), saved_config(folder))
@@ -332,12 +363,12 @@ def _amount(name: str, value: float) -> str:
 
 def text_table(entries: Sequence[Entry]) -> str:
     """The measured table for the terminal, the fastest first."""
-    return candidate_table(sorted(entries, key=lambda entry: entry.candidate.latency_ms)).text()
+    return candidate_table(sorted(entries, key=_by_latency)).text()
 
 
 def json_rows(entries: Sequence[Entry]) -> list[dict[str, object]]:
     """The measured table as JSON rows."""
-    return candidate_table(sorted(entries, key=lambda entry: entry.candidate.latency_ms)).json()
+    return candidate_table(sorted(entries, key=_by_latency)).json()
 
 
 def plain_report(report: PredictorReport | None) -> dict[str, Any] | None:

@@ -13,6 +13,9 @@ PACKAGE = "xllamacpp"
 _FIRST = 1024
 """Likeliest tokens that are asked for first: nearly always enough, and a whole vocabulary takes half a second."""
 
+_CHARACTER = 4
+"""Tokens that a character of UTF-8 has at most."""
+
 
 class LlamaCppRefusal(ValueError):
     """A file that llama.cpp does not load or run, or the package that is not installed."""
@@ -73,8 +76,16 @@ class LlamaCpp:
 
     def _complete(self, prompt: str | list[int], n_probs: int) -> dict[str, Any]:
         """The next token's likeliest ids with their log-probabilities, and how many tokens the prompt had and the cache held."""
-        answer = self._ask(prompt, {"max_tokens": 1, "logprobs": n_probs, "n_probs": n_probs})
-        top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        # Where the likeliest token ends the text, or is a part of a character, nothing is told before more of it is written.
+        for n_tokens in (1, _CHARACTER):
+            asked = {"max_tokens": n_tokens, "ignore_eos": True, "logprobs": n_probs, "n_probs": n_probs}
+            answer = self._ask(prompt, asked)
+            told = answer["choices"][0]["logprobs"]
+            if told is not None:
+                break
+        else:
+            raise LlamaCppRefusal(f"llama.cpp tells no probabilities after {str(prompt)[:60]!r}")
+        top = told["content"][0]["top_logprobs"]
         usage = answer["usage"]
         return {
             "tokens": usage["prompt_tokens"],

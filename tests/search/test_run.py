@@ -13,10 +13,12 @@ from methods.model.describe import describe
 from methods.model.load import load
 from methods.policy import DENSE, Policy
 from search.cli import main
-from search.config import RunConfig
+from search.config import ConfigError, RunConfig
 from search.evaluate import Evaluator, Switch
 from search.folder import open_store
+from search.generate import export_study
 from search.progress import Progress
+from search.results import measured_entries
 from search.run import run_study
 from search.session import Session
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -132,6 +134,25 @@ def test_another_objective_uses_what_is_known(study) -> None:
     n_sites, torch_loaded = done.stdout.split()
     assert int(n_sites) > 0
     assert torch_loaded == "False"
+
+
+def test_another_measured_policy_is_exported_by_its_name_or_row(study, tmp_path) -> None:
+    config, answer = study
+    rows = sorted(
+        measured_entries(config.folder, answer, config.stated_workloads), key=lambda entry: entry.candidate.latency_ms
+    )
+    row, other = next((n, entry) for n, entry in enumerate(rows, 1) if entry.group == "baseline")
+    for wanted, out in ((str(row), tmp_path / "row"), (other.candidate.name, tmp_path / "name")):
+        path, check = export_study(config.folder, answer, "dense", out, Progress(quiet=True), wanted)
+        assert path == out and check.ok and check.n_linears == 14
+        assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 2
+    text = (tmp_path / "row" / "policy.yaml").read_text()
+    assert str(other.candidate.policy.at(next(iter(other.candidate.policy.sites)))[0].knob("format")) in text
+    dense = next(entry.candidate.name for entry in rows if entry.group == "dense")
+    for wanted, message in (("99", "a row from 1 to"), ("none such", "not measured there"), (dense, "nothing to export")):
+        with pytest.raises(ConfigError, match=message):
+            export_study(config.folder, answer, "dense", tmp_path / "no", Progress(quiet=True), wanted)
+    assert not (tmp_path / "no").exists()
 
 
 def test_the_exported_folder_is_the_judged_model(study) -> None:
