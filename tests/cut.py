@@ -10,6 +10,7 @@ import torch
 
 from methods.model.load import DEFAULT_PACKAGE, LoadedModel, in_package, load
 from methods.model.quiet import quiet
+from tests.gguf_names import gguf_name
 
 TEXT = (
     "The history of the city begins in the twelfth century, when a small castle was built on a hill above the river. Merchants "
@@ -47,7 +48,7 @@ def cut_model(folder: Path, n_blocks: int = 4, n_tokens: int = 4096) -> LoadedMo
         model = LlamaForCausalLM(config)
         held = {tensor.name: tensor for tensor in reader.tensors}
         for name, parameter in model.named_parameters():
-            tensor = held[_name(name)]
+            tensor = held[gguf_name(name)]
             rows = dequantize(
                 tensor.data[:n_tokens] if name.endswith("embed_tokens.weight") else tensor.data, tensor.tensor_type
             )
@@ -56,26 +57,6 @@ def cut_model(folder: Path, n_blocks: int = 4, n_tokens: int = 4096) -> LoadedMo
         model.save_pretrained(folder)
         _tokenizer(fields, n_tokens).save_pretrained(folder)
         return load(str(folder), folder / "cache")
-
-
-_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
-def _name(parameter: str) -> str:
-    if not parameter.startswith("model.layers."):
-        return {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[parameter]
-    _, _, block, rest = parameter.split(".", 3)
-    return f"blk.{block}.{_NAMES[rest.removesuffix('.weight')]}.weight"
 
 
 def _halves(rows: Any, heads: int) -> Any:

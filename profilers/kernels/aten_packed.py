@@ -111,6 +111,15 @@ class Int4PackLinear:
         return type(self)(self.weight.clone(), self.scales.clone(), self.group, self.bias, (self._n, self._k))
 
 
+def refuses_int4(fmt: Format, n: int, k: int, multiple: int) -> str | None:
+    """Why torch's int4 layout, whose outputs come in a multiple of so many, does not hold (n, k) weights of a format, or None."""
+    if not fmt.plain or (fmt.bits, fmt.act_bits, fmt.symmetric) != (4, 16, True) or fmt.group not in INT4_GROUPS:
+        return f"w4a16 with groups of {INT4_GROUPS}, symmetric"
+    if n % multiple or k % fmt.group:
+        return f"n={n} must be a multiple of {multiple} and k={k} of the group {fmt.group}"
+    return None
+
+
 @dataclass(frozen=True)
 class Int4Pack:
     """`int4pack`: `w4a16-g{32,64,128,256}`, symmetric.
@@ -127,11 +136,8 @@ class Int4Pack:
 
     def supports(self, fmt: Format, n: int, k: int, m: int, target: Target) -> str | None:
         """See `LinearKernel`."""
-        if not fmt.plain or (fmt.bits, fmt.act_bits, fmt.symmetric) != (4, 16, True) or fmt.group not in INT4_GROUPS:
-            return f"w4a16 with groups of {INT4_GROUPS}, symmetric"
-        if n % 16 or k % fmt.group:
-            return f"n={n} must be a multiple of 16 and k={k} of the group {fmt.group}"
-        return None if target.compute_dtype == "bf16" else "a scalar loop where activations are fp32"
+        reason = refuses_int4(fmt, n, k, 16)
+        return reason or (None if target.compute_dtype == "bf16" else "a scalar loop where activations are fp32")
 
     def prepare(
         self,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from methods.formats.format import Format
-from profilers.kernels.aten_packed import INT4_GROUPS, Int4PackLinear
+from profilers.kernels.aten_packed import Int4PackLinear, refuses_int4
 from profilers.kernels.device import refuses_target
 from profilers.kernels.kernel import Payload, Prepared, hash_of
 from profilers.target import Target
@@ -30,12 +30,9 @@ class Tinygemm:
 
     def supports(self, fmt: Format, n: int, k: int, m: int, target: Target) -> str | None:
         """See `LinearKernel`."""
-        if not fmt.plain or (fmt.bits, fmt.act_bits, fmt.symmetric) != (4, 16, True) or fmt.group not in INT4_GROUPS:
-            return f"w4a16 with groups of {INT4_GROUPS}, symmetric"
-        if n % 8 or k % fmt.group:
-            return f"n={n} must be a multiple of 8 and k={k} of the group {fmt.group}"
-        if target.compute_dtype != "bf16":
-            return "takes activations in bf16"
+        reason = refuses_int4(fmt, n, k, 8)
+        if reason or target.compute_dtype != "bf16":
+            return reason or "takes activations in bf16"
         return refuses_target(target, "cuda", "sm80")
 
     def prepare(

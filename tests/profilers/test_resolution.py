@@ -12,35 +12,9 @@ from profilers import stored, sweep
 from profilers.datasheets import DATASHEETS, sheet_of
 from profilers.resolution import listing, look_up, resolve
 from profilers.roofline import IDEAL, POOR, linear
-from profilers.table import Check, KernelKey, LatencyTable, Row, TableError, header_of
-from profilers.target import Target, TargetError, cuda_capabilities, local_cpu
-from profilers.timer import Timing
-
-HERE = local_cpu(1)
-THERE = replace(HERE, fingerprint="0" * 16, description="another CPU")
-GPU = replace(
-    THERE,
-    device="cuda",
-    arch="sm90",
-    sheet="h100",
-    fingerprint="1" * 16,
-    description="an H100",
-    capabilities=cuda_capabilities((9, 0)),
-)
-
-
-def timing(ms: float, label: str = "measured") -> Timing:
-    return Timing(ms, 0.9 * ms, 1.2 * ms, 9, label=label, lo_ms=0.95 * ms, hi_ms=1.05 * ms)  # type: ignore[arg-type]
-
-
-def cell(n: int, k: int, fmt: str = "w4a8-g32", m: int = 1) -> KernelKey:
-    return KernelKey("linear", fmt, m, n, k)
-
-
-def table_of(target: Target, cells: dict[KernelKey, float]) -> LatencyTable:
-    table = LatencyTable(target.fingerprint, target.description, header=header_of(target))
-    table.add(Row("grouped", key, "ok", "hash", timing=timing(ms), size_bytes=key.n * key.k // 2) for key, ms in cells.items())
-    return table
+from profilers.table import Check, KernelKey, LatencyTable, Row, TableError
+from profilers.target import TargetError, cuda_capabilities, local_cpu
+from tests.profilers.machines import GPU, HERE, THERE, cell, table_of
 
 
 def test_the_cpu_is_here() -> None:

@@ -14,31 +14,8 @@ from methods.model.gguf import UnreadableGGUF, convert
 from methods.model.load import load
 from methods.model.trace import logits_of
 from methods.model.weights import weight_of
+from tests.gguf_names import gguf_name
 from tests.tiny import tiny_model, tiny_tokenizer, tiny_tokens
-
-PARTS = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-WHOLE = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-
-
-def _gguf_name(name):
-    if name in WHOLE:
-        return WHOLE[name]
-    _, _, block, *part, leaf = name.split(".")
-    return f"blk.{block}.{PARTS['.'.join(part)]}.{leaf}"
 
 
 def _interleaved(rows, n_heads):
@@ -76,7 +53,7 @@ def write_gguf(path, arch="llama", kind=gguf.GGMLQuantizationType.Q4_1, tokenize
         if arch == "llama" and heads:
             stored = _interleaved(stored, heads)
         if name not in without and not (tied and name == "lm_head.weight"):
-            writer.add_tensor(_gguf_name(name), stored, raw_dtype=kind if linear else None)
+            writer.add_tensor(gguf_name(name), stored, raw_dtype=kind if linear else None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
