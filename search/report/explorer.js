@@ -5,7 +5,7 @@
   const get = (id) => document.getElementById(id);
   const mib = (bytes) => bytes / 1048576;
   const fixed = (x, digits = 3) => (x === null ? "–" : Number(x.toPrecision(digits)).toString());
-  const measured = study.policies.filter((p) => p.known === "measured");
+  const evaluated = study.policies.filter((p) => p.known === "evaluated");
   const latency = get("max-latency"), size = get("max-size"), first = get("first"), second = get("second");
 
   const extent = (values, pad) => {
@@ -18,16 +18,16 @@
     slider.min = low; slider.max = high; slider.step = (high - low) / 500 || 1; slider.value = high;
   }
 
-  // The least loss among the measured policies whose upper bound and whose size are allowed.
+  // The least loss among the evaluated policies whose upper bound and whose size are allowed.
   function best() {
-    const fits = measured.filter((p) => p.hi <= Number(latency.value) + 1e-9 && p.size <= Number(size.value) + 1e-9);
+    const fits = evaluated.filter((p) => p.hi <= Number(latency.value) + 1e-9 && p.size <= Number(size.value) + 1e-9);
     return fits.length ? fits.reduce((a, b) => (b.kl < a.kl ? b : a)) : null;
   }
 
   function words(p) {
-    if (!p) return "no measured policy fits";
+    if (!p) return "no policy fits";
     const error = p.stderr === null ? "" : ` ± ${fixed(p.stderr, 1)}`;
-    const range = p.known === "measured" ? ` [${fixed(p.lo, 4)}, ${fixed(p.hi, 4)}]` : " (predicted)";
+    const range = p.known === "evaluated" ? ` [${fixed(p.lo, 4)}, ${fixed(p.hi, 4)}]` : " (predicted)";
     const ppl = p.perplexity === null ? "" : `, perplexity ${fixed(p.perplexity, 4)}`;
     return `${p.name}: ${fixed(p.ms, 4)} ms${range}, KL ${fixed(p.kl)}${error}${ppl}, ${fixed(mib(p.size), 4)} MiB, ${p.label}`;
   }
@@ -51,8 +51,8 @@
     const colour = { dense: "#1f2430", chosen: "#009e73", baseline: "#d55e00", search: "#0072b2", predicted: "#8a8f98" };
     study.policies.forEach((p, index) => {
       const ring = p === chosen ? ' stroke="#1f2430" stroke-width="3"' : p === other ? ' stroke="#e69f00" stroke-width="3"' : "";
-      const fill = p.known === "measured" ? colour[p.group] : "#ffffff", edge = p.known === "measured" ? "" : ' stroke="#8a8f98"';
-      parts.push(`<circle data-index="${index}" cx="${x(p.ms)}" cy="${y(p.kl)}" r="${p.known === "measured" ? 7 : 5}" fill="${fill}"${ring || edge}><title></title></circle>`);
+      const fill = p.known === "evaluated" ? colour[p.group] : "#ffffff", edge = p.known === "evaluated" ? "" : ' stroke="#8a8f98"';
+      parts.push(`<circle data-index="${index}" cx="${x(p.ms)}" cy="${y(p.kl)}" r="${p.known === "evaluated" ? 7 : 5}" fill="${fill}"${ring || edge}><title></title></circle>`);
     });
     const plot = get("plot");
     plot.innerHTML = `<svg viewBox="0 0 ${w} ${h}" role="img" aria-label="latency against loss">${parts.join("")}</svg>`;
@@ -89,7 +89,7 @@
     get("first-words").textContent = words(p);
     if (q) {
       const cells = p.cells.flat(), others = q.cells.flat(), n = cells.filter((cell, i) => cell !== others[i]).length;
-      const kinds = p.known === q.known ? "" : " One of them is predicted, not measured: the difference is no measurement.";
+      const kinds = p.known === q.known ? "" : " One of them is predicted: the difference is no measurement.";
       get("second-words").textContent = `${words(q)}. Against it: ${fixed(p.ms - q.ms)} ms, KL ${fixed(p.kl - q.kl)}, ` +
         `${fixed(mib(p.size - q.size))} MiB; ${n} of ${cells.filter((c) => c !== null).length} groups of layers differ (framed).${kinds}`;
     } else get("second-words").textContent = "";
@@ -108,15 +108,15 @@
     get("latency-now").textContent = `${fixed(Number(latency.value), 4)} ms`;
     get("size-now").textContent = `${fixed(mib(Number(size.value)), 4)} MiB`;
     const found = best();
-    get("best").textContent = `Best measured within both: ${words(found)}.${price(Number(latency.value))}`;
+    get("best").textContent = `Best within both: ${words(found)}.${price(Number(latency.value))}`;
     if (found) { first.value = String(study.policies.indexOf(found)); show(); } else draw(null, null);
   }
 
-  prepare(latency, measured.map((p) => p.hi));
-  prepare(size, measured.map((p) => p.size));
+  prepare(latency, evaluated.map((p) => p.hi));
+  prepare(size, evaluated.map((p) => p.size));
   second.append(new Option("nothing", ""));
   study.policies.forEach((p, index) => {
-    const text = p.known === "measured" ? p.name : `${p.name} (predicted)`;
+    const text = p.known === "evaluated" ? p.name : `${p.name} (predicted)`;
     first.append(new Option(text, String(index)));
     second.append(new Option(text, String(index)));
   });

@@ -65,21 +65,27 @@ def study(data: ReportData, look: Look) -> dict[str, Any]:
 
 
 def _policy(candidate: Candidate, group: str, label: str) -> dict[str, Any]:
-    measured = candidate.fidelity is Fidelity.MEASURED
+    evaluated = candidate.fidelity is not Fidelity.PREDICTED
     return {
         "name": candidate.name,
         "group": group,
-        "known": "measured" if measured else "predicted",
-        "label": f"measured, {label}" if measured else label,
+        "known": "evaluated" if evaluated else "predicted",
+        "label": f"{_known_by(candidate)}, {label}" if evaluated else label,
         "ms": candidate.latency_ms,
         "lo": candidate.latency_lo,
         "hi": candidate.latency_hi,
         "kl": candidate.kl,
-        "stderr": candidate.kl_stderr if measured else None,
+        "stderr": candidate.kl_stderr if evaluated else None,
         "perplexity": candidate.scores.get("perplexity"),
         "size": candidate.size_bytes,
         "buys": candidate.scores.get(BUYS),
     }
+
+
+def _known_by(candidate: Candidate) -> str:
+    """How latency and loss are known; what was found for a machine elsewhere has a measured loss alone."""
+    label = candidate.latency_label
+    return "measured" if label == "measured" else f"latency {label} and loss measured"
 
 
 def _cells(layers: LayerMap, kinds: Sequence[str], index: dict[str, int]) -> list[list[int | None]]:

@@ -10,7 +10,7 @@ import pytest
 
 from methods.policy import Decision, Policy
 from predictors.intervals import Interval
-from search.frontier import MixedKnowledge
+from search.frontier import Fidelity, MixedKnowledge
 from search.report.content import Entry, Guard, Objective, answer
 from search.report.page import page, write_page
 from search.report.picture import draw, write_picture
@@ -116,12 +116,23 @@ def test_the_map_shows_every_site(reader: Reader) -> None:
 def test_the_script_gets_every_policy_with_its_map(reader: Reader) -> None:
     study = json.loads(reader.scripts[0])
     assert [policy["name"] for policy in study["policies"]][:2] == ["other mix", "the mix"]
-    assert [policy["known"] for policy in study["policies"]] == ["measured"] * 4 + ["predicted"] * 2
+    assert [policy["known"] for policy in study["policies"]] == ["evaluated"] * 4 + ["predicted"] * 2
     assert f"uniform {EVIL}" in [policy["name"] for policy in study["policies"]]
     names = [form["name"] for form in study["formats"]]
     mix = study["policies"][1]["cells"]
     assert [[names[cell] for cell in row] for row in mix] == [["w4a8-g64", "bf16", "bf16"], ["bf16", "w8a8-token", "w4a8-g64"]]
     assert all(policy["stderr"] is None for policy in study["policies"] if policy["known"] == "predicted")
+
+
+def test_the_script_never_calls_a_modelled_latency_measured() -> None:
+    def elsewhere(entry: Entry) -> Entry:
+        return replace(entry, candidate=replace(entry.candidate, latency_label="modelled", fidelity=Fidelity.PROXY))
+
+    modelled = data(measured=tuple(map(elsewhere, data().measured)), verdict="unvalidated", latency_pairs=())
+    for shown, label in ((modelled, "latency modelled and loss measured, report"), (data(), "measured, report")):
+        policies = json.loads(Reader(page(shown)).scripts[0])["policies"]
+        assert {policy["label"] for policy in policies if policy["known"] == "evaluated"} == {label}
+        assert len([policy for policy in policies if policy["known"] == "evaluated"]) == 4
 
 
 def test_other_verdicts() -> None:
