@@ -1,6 +1,6 @@
 """Runs that are killed at random moments end as if they had not been.
 
-Five kills here; fifty, at other moments, in the slow job: `make slow`, or `pytest -m slow tests/search/test_kill.py`.
+Five kills or a few more here; fifty, at other moments, in the slow job: `make slow`, or `pytest -m slow tests/search/test_kill.py`.
 """
 
 import json
@@ -26,7 +26,8 @@ from tests.search.run_server import Server, server
 from tests.tiny import save_tiny
 
 KILLS = 5
-"""A chain: the same command, killed so often before it may end."""
+"""A chain: the same command, killed at so many moments before it may end. A run that is through by then is no kill: how fast the machine
+is changes from run to run, and chains are added until enough have hit."""
 
 FLAGS = {
     "latency": "0.6x",
@@ -165,17 +166,14 @@ def killed_and_resumed(reference: Reference, folder: Path, seed: int) -> int:
     return hit
 
 
-def test_a_run_killed_five_times_ends_with_the_same_answer(reference: Reference, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kills", "seed"), [(5, 0), pytest.param(50, 1000, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_ends_with_the_same_answer(reference: Reference, tmp_path: Path, kills: int, seed: int) -> None:
     assert json.loads(reference.outcome.answer)["verdict"] == "met" and len(reference.outcome.trials) > 8
-    assert killed_and_resumed(reference, tmp_path, seed=0) >= KILLS - 2
-
-
-@pytest.mark.slow
-def test_fifty_kills(reference: Reference, tmp_path: Path) -> None:
-    hits, seed = 0, 1
-    while hits < 50:
-        hits += killed_and_resumed(reference, tmp_path / str(seed), seed)
-        seed += 1
+    hits = chains = 0
+    while hits < kills:
+        hits += killed_and_resumed(reference, tmp_path / str(chains), seed + chains)
+        chains += 1
+        assert chains < kills, f"{hits} of {chains * KILLS} kills met a run: the moments are not those of its way"
 
 
 def test_the_same_seed_searches_the_same_and_another_one_does_not(reference: Reference, tmp_path: Path) -> None:
