@@ -18,6 +18,7 @@ from profilers.checks import problems
 from profilers.roofline import kv_bytes
 from profilers.table import LatencyTable
 from profilers.workload import Workload
+from search.differencing import Differenced
 from search.files import Steps, content_key
 from search.prepared import Prepared, SiteOptions, WorkloadCost
 from search.pricing import label_of, price, priced_sites, whole_model
@@ -80,7 +81,7 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
             "contended": any(own["contended"] for own in fits),
         },
         data={role: {**corpus.summary(), "generated": corpus.generated} for role, corpus in corpora.items()},
-        notes=(*session.space.notes, *_doubts(session, table)),
+        notes=(*session.space.notes, *_doubts(session, table, fits)),
         tail=fit["tail"],
         also=tuple(map(_also, costs[1:], fits[1:], workloads[1:])),
         kv_bytes=max(kv_bytes(loaded.structure, workload, session.target.dtype.itemsize) for workload in workloads),
@@ -95,9 +96,14 @@ def _also(sites: Sequence[SiteOptions], fit: Mapping[str, Any], workload: Worklo
     return WorkloadCost(workload.name, ms, fit["map"], tuple(fit["dense_ms"]), fit["tail"])
 
 
-def _doubts(session: Session, table: LatencyTable) -> list[str]:
-    """What the table's own checks found against it."""
-    return [f"the latency table of {session.target.name} fails its own checks: {problem}" for problem in problems(table)]
+def _doubts(session: Session, table: LatencyTable, fits: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the table's own checks found against it, and what repeated blocks say against the maps."""
+    found = [f"the latency table of {session.target.name} fails its own checks: {problem}" for problem in problems(table)]
+    for fit, workload in zip(fits, session.config.workloads, strict=True):
+        checked = Differenced(**fit["blocks"]) if fit.get("blocks") else None
+        if checked is not None and checked.disagrees:
+            found.append(f"the latency map of {workload.name} is off: {checked.words}")
+    return found
 
 
 Decisions = Mapping[str, Sequence[Decision]]

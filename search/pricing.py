@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,18 @@ from profilers.table import KernelKey, LatencyTable
 from profilers.timer import Timing, quantile
 from profilers.workload import Workload
 from search.config import ConfigError
+from search.differencing import difference
 from search.prepared import Option, SiteOptions
 from search.session import Session
 
-MIXED_RUNS = 6
+MIXED_RUNS = 14
+"""With the uniform ones and the dense model enough for a 90 % interval that is no extreme of the residuals."""
+
+MAP_ROUNDS = 8
 
 Fit = dict[str, Any]
-"""A whole-model map as it is kept: `map`, `scales` of kernels, `dense_ms` with its interval, `dense_name`, `tail`, `contended`, `label`."""
+"""A whole-model map as it is kept: `map`, `scales` of kernels, `dense_ms` with its interval, `dense_name`, `tail`, `contended`, `label`,
+and as `blocks` the map's check by `search.differencing`."""
 
 
 def table_keys(session: Session) -> list[KernelKey]:
@@ -178,7 +183,16 @@ def fit_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions],
     with session.progress.bar("whole-model runs") as update:
         for index, (_, policy) in enumerate(policies):
             models = {"dense": dense, "policy": engine.materialize(session.rounded_edits(policy))}
-            run = end_to_end.measure(models, workload, target, rounds=12, cache=cache, notify=session.progress.say)
+            run = end_to_end.measure(
+                models,
+                workload,
+                target,
+                rounds=MAP_ROUNDS,
+                min_rounds=5,
+                budget_s=5.0,
+                cache=cache,
+                notify=session.progress.say,
+            )
             contended = contended or run["policy"].contended
             dense_runs.append(run["dense"])
             ratios.append(run["policy"].ratio_to(run["dense"]))
@@ -200,6 +214,9 @@ def fit_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions],
         f"dense model: {level:.1f} {workload.unit} ({dense_name}); whole-model map from {len(runs)} runs, "
         f"leave-one-out error {fitted.loo_error.mean:.1%} mean, {fitted.loo_error.max:.1%} worst"
     )
+    checked = difference(session, table, sites, workload, dense, fitted, scales)
+    if checked is not None:
+        session.progress.say(checked.words)
     waits = sorted(sample.wall * 1e3 / run.median_ms for run in dense_runs for sample in run.samples.all)
     return {
         "map": fitted.to_dict(),
@@ -209,6 +226,7 @@ def fit_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions],
         "tail": max(1.0, quantile(waits, 0.95)),
         "contended": contended,
         "label": "measured",
+        "blocks": None if checked is None else asdict(checked),
     }
 
 
@@ -245,6 +263,7 @@ def assume_map(session: Session, table: LatencyTable, sites: Sequence[SiteOption
         "tail": float("nan"),
         "contended": False,
         "label": weakest((kernels.label, rest.label)),
+        "blocks": None,
     }
 
 
@@ -266,7 +285,7 @@ def _rest(session: Session, table: LatencyTable, workload: Workload, kernels: Ti
 
 
 def map_policies(sites: Sequence[SiteOptions], seed: int) -> list[tuple[str, Policy]]:
-    """Policies that span the space: one format everywhere, from fast to slow, and random mixtures of them."""
+    """Policies that span the space: one format everywhere, from fast to slow, and random mixtures, by site and by kind of site."""
     names = {option.format for site in sites for option in site.options[1:]}
     mean = {
         name: np.mean([o.ms / site.options[0].ms for site in sites for o in site.options if o.format == name]) for name in names
@@ -276,8 +295,11 @@ def map_policies(sites: Sequence[SiteOptions], seed: int) -> list[tuple[str, Pol
     policies = [(f"uniform {name}", _with_format(sites, lambda _s, name=name: name)) for name in picked]
     generator = np.random.default_rng(seed)
     for index in range(MIXED_RUNS):
-        weights = generator.dirichlet([*np.full(len(ordered), 0.7), 0.7 if index % 2 else len(ordered)])
+        weights = generator.dirichlet([*np.full(len(ordered), 0.7), 0.7 if index % 4 > 1 else len(ordered)])
+        of_kind = {kind: str(generator.choice([*ordered, "none"], p=weights)) for kind in sorted({site.kind for site in sites})}
         mixed = {site.name: str(generator.choice([*ordered, "none"], p=weights)) for site in sites}
+        if index % 2:
+            mixed = {site.name: of_kind[site.kind] for site in sites}
         policies.append((f"mixed {index + 1}", _with_format(sites, lambda site, mixed=mixed: mixed[site])))
     return list({policy.key(): (name, policy) for name, policy in policies if policy.sites}.values())
 

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from search import cli, runtime_list
 from search.config import RunConfig
 from search.export.registry import EXPORTERS
 from search.method_list import has_kernel, rows
+from search.report.table import markdown
 from spaces.runtimes import DEFAULT_FORMATS
 
 _HEAD = """# Reference
@@ -45,20 +45,20 @@ def text() -> str:
         f"## Commands\n\nExit codes: {codes}\n\nEverywhere: `--json` (results as JSON) and `--debug` (tracebacks).",
         *(_command(name, parser, known if name == "run" else set()) for name, parser in _parsers().items()),
         f"## Configuration\n\n{_CONFIGURATION}",
-        _table("key | type | default | meaning", map(_field, dataclasses.fields(RunConfig))),
+        markdown("key | type | default | meaning", map(_field, dataclasses.fields(RunConfig))),
         "## Targets\n\n`cpu` and `cuda` are what is here; a stored table makes any other name a target. Datasheets:",
-        _table("name | device | capability | GB/s | 10^12 operations a second | GiB | source", sheets),
+        markdown("name | device | capability | GB/s | 10^12 operations a second | GiB | source", sheets),
         f"## Number formats\n\n{_FORMATS}",
-        _table("element | bits", elements),
-        _table("codec of scales | bits a scale | scale of scales", codecs),
-        _table("format | stored bits | inputs | kernel", (_format(name, fmt) for name, fmt in NAMED.items())),
+        markdown("element | bits", elements),
+        markdown("codec of scales | bits a scale | scale of scales", codecs),
+        markdown("format | stored bits | inputs | kernel", (_format(name, fmt) for name, fmt in NAMED.items())),
         "## Runtimes\n\nTried where `--formats` is not given, by `--runtime`:",
-        _table("runtime | formats", ((f"`{name}`", ", ".join(formats)) for name, formats in DEFAULT_FORMATS.items())),
+        markdown("runtime | formats", ((f"`{name}`", ", ".join(formats)) for name, formats in DEFAULT_FORMATS.items())),
         f"What each loads, as `search runtimes` says it:\n\n```text\n{runtime_list.listing()}\n```",
         "## Export formats",
-        _table("format | what it writes", ((f"`{name}`", _summary(module)) for name, module in EXPORTERS.items())),
+        markdown("format | what it writes", ((f"`{name}`", _summary(module)) for name, module in EXPORTERS.items())),
         f"## Methods\n\n{_METHODS}",
-        _table("method | class | what it does | parts | formats | needs | knobs | runs | source", map(_method, rows())),
+        markdown("method | class | what it does | parts | formats | needs | knobs | runs | source", map(_method, rows())),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -78,7 +78,7 @@ def _command(name: str, parser: argparse.ArgumentParser, known: set[str]) -> str
         f"### search {name}",
         f"{words[:1].upper()}{words[1:]}.",
         also,
-        _table("argument | meaning", map(_argument, shown)),
+        markdown("argument | meaning", map(_argument, shown)),
     )
     return "\n\n".join(part for part in parts if part)
 
@@ -127,11 +127,6 @@ def _method(row: dict[str, Any]) -> tuple[str, ...]:
     knobs = ", ".join(f"`{name}={spec['default']}` ({spec['allowed']})" for name, spec in row["knobs"].items())
     parts, needs = " + ".join(row["parts"].values()), ", ".join(row["needs"])
     return f"`{row['name']}`", row["class"], row["summary"], parts, row["bits"], needs, knobs, row["runs"], row["source"]
-
-
-def _table(heads: str, cells: Iterable[Iterable[str]]) -> str:
-    body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
-    return "\n".join([f"| {heads} |", "|---" * (heads.count("|") + 1) + "|", *body]) if body else ""
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from profilers.workload import Workload
 from search.config import ConfigError, RunConfig
 from search.finalists import DENSE_NAME, Finalist, Met
 from search.frontier import Candidate, Fidelity, frontier, write_csv
-from search.limits import under
+from search.limits import reached_ms, under
 from search.objectives import Objective, Objectives, file_name
 from search.prepared import Prepared
 from search.report import content
@@ -255,25 +255,35 @@ def predicted_curve(prepared: Prepared, pace: float = 1.0, n: int = 16) -> list[
     return [replace(c, scores={BUYS: slope}) for c, slope in zip(curve, slopes(curve), strict=True)]
 
 
-def latency_pairs(folder: Path, answer: Answer, prepared: Prepared) -> tuple[Pair, ...]:
-    """Predicted and measured latency of the finalists of all answers, of the dense model's in the same run; none of them was fitted.
+def latency_pairs(
+    folder: Path, answer: Answer, prepared: Prepared, workloads: Sequence[Workload]
+) -> dict[str, tuple[Pair, ...]]:
+    """By workload: predicted and measured latency of the finalists of all answers, of the dense model's in the same run.
 
-    Policies of which the map was fitted are left out.
+    None of them was fitted: policies that a workload's map was fitted on are left out.
     """
-    fitted, dense = {run.policy_key for run in prepared.map.runs}, prepared.dense_ms[0]
-    found = {}
+    found: dict[str, dict[tuple[str, str], Pair]] = {}
     for source in [answer, *answers(folder).values()]:
-        for item in source.finalists:
-            if (
-                item.label == "measured"
-                and item.policy.sites
-                and item.policy.key() not in fitted
-                and prepared.covers(item.policy)
-            ):
-                bound = prepared.map.predict(prepared.sum_ms(item.policy))
-                pair = Pair(bound.mean / dense, bound.lo / dense, bound.hi / dense, measured=item.ratio)
-                found[source.objective, item.policy.key()] = pair
-    return tuple(found.values())
+        for place, time in enumerate(Objectives.parse(source.objective, workloads).times):
+            known = time.workload.name == prepared.workload or any(c.workload == time.workload.name for c in prepared.also)
+            if time.quantile != 0.5 or not known:
+                continue
+            own = found.setdefault(time.workload.name, {})
+            fitted = fitted_on(prepared, time.workload.name)
+            for item in source.finalists:
+                unseen = item.policy.sites and item.policy.key() not in fitted
+                if item.label == "measured" and unseen and prepared.covers(item.policy):
+                    mean, lo, hi, dense = reached_ms(prepared, time, item.policy)
+                    # Of a finalist whose other times nobody kept, as before there were several, only the main one is known.
+                    ratio = item.ratio if place == 0 else item.met[place].value / source.finalists[0].met[place].value
+                    own[source.objective, item.policy.key()] = Pair(mean / dense, lo / dense, hi / dense, measured=ratio)
+    return {name: tuple(pairs.values()) for name, pairs in found.items() if pairs}
+
+
+def fitted_on(prepared: Prepared, workload: str) -> set[str]:
+    """Keys of the policies that a workload's map was fitted on."""
+    other = [cost.map for cost in prepared.also if cost.workload == workload]
+    return {run.policy_key for run in (other[0] if other else prepared.map).runs}
 
 
 def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunConfig) -> ReportData:
@@ -290,11 +300,13 @@ def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunCon
     entries = measured_entries(folder, answer, config.stated_workloads)
     pace = answer.finalists[0].latency_ms / prepared.dense_ms[0]
     map_ = prepared.map
+    threads = answer.versions.get("threads", prepared.target["threads"])
     generated = any(use["generated"] for use in prepared.data.values())
     return ReportData(
         study=config.study_name,
         model=str(prepared.model["label"]),
-        target=f"{prepared.target['name']} ({prepared.target['description']}), {prepared.target['threads']} thread(s)",
+        # Of the answer: an absent target's is measured on a machine that the study was not prepared for.
+        target=f"{prepared.target['name']} ({answer.versions.get('device', prepared.target['description'])}), {threads} thread(s)",
         objective=content.Objective(asked.main.text, answer.limit_ms, _unit(asked.main), asked.main.workload.name),
         verdict=answer.verdict,
         also=tuple(map(_met_words, answer.best.met[1:] if answer.best else ())),
@@ -313,7 +325,7 @@ def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunCon
         cost=tuple((name, _amount(name, value)) for name, value in answer.cost.items()),
         limits=() if answer.best is None else limits(prepared, answer.best.policy),
         shares=() if answer.best is None else shares(prepared, answer.best.policy, pace),
-        latency_pairs=latency_pairs(folder, answer, prepared),
+        latency_pairs=latency_pairs(folder, answer, prepared, config.stated_workloads),
         provenance=(
             ("model digest", str(prepared.model["digest"])),
             ("dense reference", prepared.dense_name),

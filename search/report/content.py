@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from methods.policy import DENSE, Policy
@@ -93,7 +93,7 @@ class ReportData:
     perplexity_note: why no perplexity is reported, "" where it is (as the score
     `perplexity` of the entries); shadow_price: nats per token for one more ms; cost, provenance: (what, how much) in words;
     notes: what a reader must know before believing a number (contended machine, stored table, fallbacks); limits, shares: where the
-    answer's predicted loss and latency sit; latency_pairs: of the finalists, relative to the dense model.
+    answer's predicted loss and latency sit; latency_pairs: of the finalists by workload, relative to the dense model.
     """
 
     study: str
@@ -117,7 +117,7 @@ class ReportData:
     notes: tuple[str, ...] = ()
     limits: tuple[Limit, ...] = ()
     shares: tuple[Share, ...] = ()
-    latency_pairs: tuple[Pair, ...] = ()
+    latency_pairs: Mapping[str, tuple[Pair, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         groups = [entry.group for entry in self.measured]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BAND = 0.05
-"""Relative error that the grey band of the latency panel spans."""
+"""Relative error that the grey band of a latency panel spans."""
 
 
 @dataclass(frozen=True)
@@ -26,33 +26,46 @@ class Pair:
         return self.lo <= self.measured <= self.hi
 
 
-def draw_pairs(latency: Sequence[Pair], loss: Sequence[Pair]) -> bytes:
-    """A PNG with a panel for each that has pairs; latencies relative to the dense model, losses in nats per token, on log axes."""
+@dataclass(frozen=True)
+class Panel:
+    """Pairs of one kind; log: on log axes, and without the band."""
+
+    title: str
+    pairs: Sequence[Pair]
+    log: bool = False
+
+
+def latency_panel(workload: str, pairs: Sequence[Pair]) -> Panel:
+    """Latencies of a workload, relative to the dense model's."""
+    return Panel(f"{workload},\nof the dense model's latency", pairs)
+
+
+def loss_panel(pairs: Sequence[Pair]) -> Panel:
+    """Losses in nats per token."""
+    return Panel("KL of policies unseen in fitting,\nnats per token", pairs, log=True)
+
+
+def draw_pairs(panels: Sequence[Panel]) -> bytes:
+    """A PNG with the panels that have pairs beside each other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [
-        (pairs, title, log)
-        for pairs, title, log in (
-            (latency, "latency of finalists, of the dense model's", False),
-            (loss, "KL of policies unseen in fitting, nats per token", True),
-        )
-        if pairs
-    ]
-    figure = Figure(figsize=(4.2 * len(panels), 4.0), dpi=160, layout="constrained", facecolor="white")
+    shown = [panel for panel in panels if panel.pairs]
+    figure = Figure(figsize=(4.2 * len(shown), 4.0), dpi=160, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    for place, (pairs, title, log) in enumerate(panels):
-        _panel(figure.add_subplot(1, len(panels), place + 1), pairs, title, log=log)
+    for place, panel in enumerate(shown):
+        _draw(figure.add_subplot(1, len(shown), place + 1), panel)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def _panel(axes: Any, pairs: Sequence[Pair], title: str, *, log: bool) -> None:
+def _draw(axes: Any, panel: Panel) -> None:
+    pairs = panel.pairs
     values = [v for pair in pairs for v in (pair.predicted, pair.measured)]
     low, high = min(values), max(values)
-    low, high = (low / 1.5, high * 1.5) if log else (low * 0.93, high * 1.07)
-    if log:
+    low, high = (low / 1.5, high * 1.5) if panel.log else (low * 0.93, high * 1.07)
+    if panel.log:
         axes.set_xscale("log")
         axes.set_yscale("log")
     else:
@@ -76,7 +89,7 @@ def _panel(axes: Any, pairs: Sequence[Pair], title: str, *, log: bool) -> None:
             )
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
-    axes.set_title(title, fontsize=9.5, loc="left")
+    axes.set_title(panel.title, fontsize=9.5, loc="left")
     axes.set_xlabel("measured", fontsize=9)
     axes.set_ylabel("predicted", fontsize=9)
     axes.tick_params(labelsize=8)

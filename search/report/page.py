@@ -12,7 +12,7 @@ from methods.formats.format import parse_format
 from search.frontier import Candidate, Fidelity
 from search.report.content import LayerMap, ReportData, answer, guard_words
 from search.report.explorer import Look, explorer
-from search.report.honesty import draw_pairs
+from search.report.honesty import draw_pairs, latency_panel, loss_panel
 from search.report.picture import draw
 from search.report.table import Table, candidate_table, predicted_table
 
@@ -173,8 +173,9 @@ def _errors(data: ReportData) -> str:
     text = "".join(f"<p>{escape(line)}</p>" for line in lines)
     if not (data.latency_pairs or data.loss_pairs):
         return text
-    png = base64.b64encode(draw_pairs(data.latency_pairs, data.loss_pairs)).decode()
-    width = 420 * (bool(data.latency_pairs) + bool(data.loss_pairs))
+    panels = [latency_panel(name, pairs) for name, pairs in data.latency_pairs.items()]
+    panels += [loss_panel(data.loss_pairs)] if data.loss_pairs else []
+    png, width = base64.b64encode(draw_pairs(panels)).decode(), 420 * len(panels)
     return f'{text}<img width="{width}" alt="Predicted against measured latency and loss" src="data:image/png;base64,{png}">'
 
 

@@ -1,8 +1,8 @@
-"""Plain text tables for the terminal, and the same rows for JSON."""
+"""Plain text tables for the terminal, the same rows for JSON, and Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from predictors.intervals import Interval
@@ -107,6 +107,12 @@ def _row(entry: Entry, scores: Sequence[str]) -> dict[str, Cell]:
         "label": ", ".join(filter(None, (c.fidelity.value, c.role, "ratio of another run" if entry.rescaled else ""))),
     }
     return {**row, **{name: c.scores.get(name) for name in scores}}
+
+
+def markdown(heads: str, cells: Iterable[Iterable[str]]) -> str:
+    """A Markdown table; heads: titles with ` | ` between them. Empty where there are no rows."""
+    body = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+    return "\n".join([f"| {heads} |", "|---" * (heads.count("|") + 1) + "|", *body]) if body else ""
 
 
 def shown(value: Cell, column: Column) -> str:

@@ -67,6 +67,9 @@ def data(**other: Any) -> ReportData:
             Limit("q+k+v", 0, "w8a8-token", 0.01, 0.03),
         ),
         "shares": (Share("down", 1.5), Share("all else", 4.5)),
-        "latency_pairs": (Pair(0.55, 0.5, 0.6, 0.57), Pair(0.7, 0.68, 0.72, 0.6)),
+        "latency_pairs": {
+            "decode:batch=1,context=512": (Pair(0.55, 0.5, 0.6, 0.57), Pair(0.7, 0.68, 0.72, 0.6)),
+            "prefill:batch=1,prompt=512": (Pair(0.9, 0.8, 1.0, 0.95),),
+        },
     }
     return ReportData(**{**fields, **other})

@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,7 @@ def test_on_the_target_it_is_measured_and_confirmed(study: Path, capsys) -> None
     assert any("validated on" in note for note in answer.notes)
     assert "latency_ms_measured" in (study / "frontier.csv").read_text()
     assert "latency, measured" in capsys.readouterr().out
+    assert f"bigbox ({escape(local_cpu(1).description)})" in (study / "report.html").read_text()
     if answer.verdict == "met":
         assert main(["validate", str(study), "--on", "cpu"]) == 2
 

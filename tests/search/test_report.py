@@ -128,7 +128,7 @@ def test_the_script_never_calls_a_modelled_latency_measured() -> None:
     def elsewhere(entry: Entry) -> Entry:
         return replace(entry, candidate=replace(entry.candidate, latency_label="modelled", fidelity=Fidelity.PROXY))
 
-    modelled = data(measured=tuple(map(elsewhere, data().measured)), verdict="unvalidated", latency_pairs=())
+    modelled = data(measured=tuple(map(elsewhere, data().measured)), verdict="unvalidated", latency_pairs={})
     for shown, label in ((modelled, "latency modelled and loss measured, report"), (data(), "measured, report")):
         policies = json.loads(Reader(page(shown)).scripts[0])["policies"]
         assert {policy["label"] for policy in policies if policy["known"] == "evaluated"} == {label}

@@ -14,7 +14,7 @@ from predictors.loss import PredictorReport
 from search.config import RunConfig, to_toml
 from search.frontier import Candidate
 from search.prepared import Option, Prepared, SiteOptions
-from search.report.honesty import Pair, draw_pairs
+from search.report.honesty import Pair, draw_pairs, latency_panel, loss_panel
 from search.report.limits import Limit, limits, shares, slopes
 from search.report.page import page, write_page
 from search.results import saved_prepared
@@ -83,9 +83,11 @@ def test_a_policy_of_another_space_is_not_covered() -> None:
 
 def test_pairs_are_told_by_whether_they_held() -> None:
     assert Pair(1.0, 0.9, 1.1, 1.1).held and not Pair(1.0, 0.9, 1.1, 1.2).held
-    one = draw_pairs([Pair(0.6, 0.5, 0.7, 0.65)], [])
-    assert one.startswith(b"\x89PNG") and one == draw_pairs([Pair(0.6, 0.5, 0.7, 0.65)], [])
-    assert one != draw_pairs([Pair(0.6, 0.5, 0.7, 0.75)], [])
+    one = draw_pairs([latency_panel("decode", [Pair(0.6, 0.5, 0.7, 0.65)])])
+    assert one.startswith(b"\x89PNG") and one == draw_pairs(
+        [latency_panel("decode", [Pair(0.6, 0.5, 0.7, 0.65)]), loss_panel([])]
+    )
+    assert one != draw_pairs([latency_panel("decode", [Pair(0.6, 0.5, 0.7, 0.75)])])
 
 
 def test_the_page_tells_them_and_does_without() -> None:
@@ -93,7 +95,7 @@ def test_the_page_tells_them_and_does_without() -> None:
     for words in ("What limits it", "a token&#x27;s time", "w8a8-token: 0.045 nats for 20 µs", "nothing wider helps", "25%"):
         assert words in text, words
     bare = page(
-        data(limits=(), shares=(), latency_pairs=(), predictor=PredictorReport(6, 0.9, 0.9, None, 0, 0.1, 0.9, 0.9, ()))
+        data(limits=(), shares=(), latency_pairs={}, predictor=PredictorReport(6, 0.9, 0.9, None, 0, 0.1, 0.9, 0.9, ()))
     )
     assert "What limits it" not in bare and "Predicted against measured" not in bare and "Predicted against measured" in text
 

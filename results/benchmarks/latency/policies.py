@@ -1,0 +1,256 @@
+"""Whole-model latency of random mixed policies that nothing was fitted on, predicted and measured, in decode and prefill.
+
+The maps are made as `search run` makes them: kernel cells from the machine's table, a few whole-model runs a workload, one fit. Then
+every policy is predicted, and measured interleaved with the dense model. Finished policies are kept, so that the command goes on
+where it was cut off.
+
+    python -m results.benchmarks.latency.policies --out FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from methods.atomic import write_bytes, write_text
+from methods.policy import DENSE, Decision, Policy
+from predictors.intervals import spearman
+from predictors.latency import LatencyModel
+from profilers import end_to_end
+from profilers.runtime import dense_candidates
+from profilers.workload import Workload
+from search.config import RunConfig, default_cache
+from search.files import content_key
+from search.prepared import SiteOptions
+from search.pricing import Fit, price, priced_sites, whole_model
+from search.progress import Progress
+from search.report.honesty import Pair, draw_pairs, latency_panel
+from search.report.table import markdown
+from search.session import Session
+
+WORKLOADS = ("decode:batch=1,context=512", "prefill:batch=1,prompt=512")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A policy's latency in a workload, ms. level: of the dense model in the runs that the map was fitted on; dense: in the same run.
+
+    lo, mean, hi: predicted; ratio: measured of the dense model's, paired by round; alone: the policy's own median.
+    """
+
+    workload: str
+    policy: str
+    lo: float
+    mean: float
+    hi: float
+    level: float
+    ratio: float
+    alone: float
+    dense: float
+    contended: bool
+    load: float
+
+    @property
+    def measured(self) -> float:
+        """At the dense model's level in the fit, so that the machine's own drift since then does not count."""
+        return self.ratio * self.level
+
+    @property
+    def held(self) -> bool:
+        return self.lo <= self.measured <= self.hi
+
+
+def random_policies(sites: Sequence[SiteOptions], count: int, seed: int) -> Iterator[Policy]:
+    """Mixtures of every kind: each site for itself, by kind of site, by depth, all with random weights on the formats."""
+    generator = np.random.default_rng(seed)
+    labels = sorted({option.label for site in sites for option in site.options})
+    blocks = max(site.block for site in sites) + 1
+    for index in range(count):
+        weights = generator.dirichlet(np.full(len(labels), (0.3, 1.0, 5.0)[index // 3 % 3]))
+        if index % 3 == 0:
+            wanted = {site.name: generator.choice(labels, p=weights) for site in sites}
+        elif index % 3 == 1:
+            of_kind = {kind: generator.choice(labels, p=weights) for kind in sorted({site.kind for site in sites})}
+            wanted = {site.name: of_kind[site.kind] if generator.random() < 0.8 else generator.choice(labels) for site in sites}
+        else:
+            cuts = sorted(generator.integers(0, blocks, 3).tolist())
+            of_depth = generator.choice(labels, 4, p=weights)
+            wanted = {site.name: of_depth[sum(site.block >= cut for cut in cuts)] for site in sites}
+        decisions = {}
+        for site in sites:
+            able = {option.label for option in site.options}
+            label = str(wanted[site.name])
+            if label in able and label != DENSE.label:
+                decisions[site.name] = (Decision.parse(label),)
+        yield Policy(decisions)
+
+
+def summed(sites: Sequence[SiteOptions], scales: Mapping[str, float], policy: Policy) -> float:
+    """Kernel times of a policy as they count in a whole model, ms."""
+    options = {(site.name, option.label): option for site in sites for option in site.options}
+    taken = [options[site.name, policy.at(site.name)[0].label] for site in sites]
+    return sum(option.ms * scales.get(option.kernel, 1.0) for option in taken)
+
+
+class Benchmark:
+    """One session on this machine; what was measured lies in `out`."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        config = RunConfig(
+            model=options.model,
+            target="cpu",
+            workload=WORKLOADS,
+            latency="0.7x",
+            results=str(options.out),
+            study="study",
+            cache=str(options.cache),
+            threads=options.threads,
+        )
+        self.session = Session(config, Progress())
+        self.table = price(self.session)
+        self.sites = priced_sites(self.session, self.table)
+        # Any choice that a kernel runs may be asked for, those included that a search would drop before calibration.
+        self.path = options.out / "measured.jsonl"
+
+    def fits(self) -> list[Fit]:
+        """The maps of all workloads, made once."""
+        key = content_key(self.session.target.fingerprint, [asdict(site) for own in self.sites for site in own])
+        pairs = list(zip(self.sites, self.session.config.workloads, strict=True))
+        return self.session.steps.made(
+            "maps", key, lambda: [whole_model(self.session, self.table, own, workload) for own, workload in pairs]
+        )
+
+    def run(self) -> list[Result]:
+        """Every policy in every workload."""
+        found = self._kept()
+        done = {(result.workload, result.policy) for result in found}
+        fits = self.fits()
+        for place, (workload, fit) in enumerate(zip(self.session.config.workloads, fits, strict=True)):
+            fitted = {run.policy_key for run in LatencyModel.from_dict(fit["map"]).runs}
+            engine = self.session.engine(self.table, workload)
+            dense = dense_candidates(
+                self.session.model, self.session.loaded.structure, self.session.target, self.table, workload
+            )
+            policies = list(random_policies(self.sites[0], self.options.policies, self.options.seed))
+            for number, policy in enumerate(policies):
+                if policy.key() in fitted or (workload.name, policy.key()) in done:
+                    continue
+                models = {"dense": dense[fit["dense_name"]], "policy": engine.materialize(self.session.rounded_edits(policy))}
+                result = self._result(place, workload, fit, policy, models)
+                found.append(result)
+                self._keep(result)
+                say(
+                    f"{workload.phase} {number + 1} of {len(policies)}: {result.measured:.2f} ms, predicted {result.mean:.2f} "
+                    f"[{result.lo:.2f}, {result.hi:.2f}]"
+                )
+        return found
+
+    def _result(self, place: int, workload: Workload, fit: Fit, policy: Policy, models: Mapping[str, Any]) -> Result:
+        bound = LatencyModel.from_dict(fit["map"]).predict(summed(self.sites[place], fit["scales"], policy))
+        runs = end_to_end.measure(
+            models, workload, self.session.target, rounds=self.options.rounds, cache=self.session.config.cache_folder
+        )
+        own, dense = runs["policy"], runs["dense"]
+        return Result(
+            workload=workload.name,
+            policy=policy.key(),
+            lo=bound.lo,
+            mean=bound.mean,
+            hi=bound.hi,
+            level=fit["dense_ms"][0],
+            ratio=own.ratio_to(dense).mid,
+            alone=own.median_ms,
+            dense=dense.median_ms,
+            contended=own.contended or dense.contended,
+            load=own.load,
+        )
+
+    def _kept(self) -> list[Result]:
+        if not self.path.exists():
+            return []
+        return [Result(**json.loads(line)) for line in self.path.read_text().splitlines()]
+
+    def _keep(self, result: Result) -> None:
+        kept = "".join(json.dumps(asdict(each)) + "\n" for each in [*self._kept(), result])
+        write_text(self.path, kept)
+
+
+def summary(results: Sequence[Result]) -> str:
+    """A row a workload."""
+    rows = []
+    for workload in dict.fromkeys(result.workload for result in results):
+        own = [result for result in results if result.workload == workload]
+        errors = np.array([abs(result.mean / result.measured - 1) for result in own])
+        raw = np.array([abs(result.mean / result.alone - 1) for result in own])
+        ratios = [result.ratio for result in own]
+        rank = spearman([result.mean for result in own], ratios)
+        rows.append(
+            (
+                f"`{workload}`",
+                str(len(own)),
+                f"{min(ratios):.2f} to {max(ratios):.2f}",
+                f"{errors.mean():.1%}",
+                f"{errors.max():.1%}",
+                f"{np.mean([result.held for result in own]):.0%}",
+                f"{np.mean([(result.hi - result.lo) / 2 / result.mean for result in own]):.1%}",
+                f"{raw.mean():.1%}",
+                "" if rank is None else f"{rank:.3f}",
+                f"{own[0].level:.2f}",
+                f"{max(result.load for result in own):.1f}",
+                str(sum(result.contended for result in own)),
+            )
+        )
+    return markdown(
+        "workload | policies | of dense | mean error | worst | inside 90 % | half-width | mean error, raw ms | Spearman | dense, ms | "
+        "load at most | contended",
+        rows,
+    )
+
+
+def figure(results: Sequence[Result]) -> bytes:
+    """Predicted against measured, a panel a workload."""
+    panels = []
+    for workload in dict.fromkeys(result.workload for result in results):
+        own = [result for result in results if result.workload == workload]
+        pairs = [Pair(r.mean / r.level, r.lo / r.level, r.hi / r.level, r.ratio) for r in own]
+        panels.append(latency_panel(workload, pairs))
+    return draw_pairs(panels)
+
+
+def say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0] if __doc__ else "")
+    parser.add_argument("--out", type=Path, required=True, help="folder of what is measured, of the summary and of the figure")
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--policies", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=20_000, help="of the policies; the maps' own are of seed 0")
+    parser.add_argument("--cache", type=Path, default=default_cache())
+    benchmark = Benchmark(parser.parse_args())
+    results = benchmark.run()
+    fits = benchmark.fits()
+    maps = "\n".join(
+        f"{workload.name}: {len(fit['map']['runs'])} runs, {LatencyModel.from_dict(fit['map']).formula}"
+        for workload, fit in zip(benchmark.session.config.workloads, fits, strict=True)
+    )
+    text = f"{benchmark.session.target.description}\n\n{summary(results)}\n\n{maps}\n"
+    write_text(benchmark.options.out / "policies.md", text)
+    write_bytes(benchmark.options.out / "policies.png", figure(results))
+    sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
