@@ -83,6 +83,7 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
         data={role: {**corpus.summary(), "generated": corpus.generated} for role, corpus in corpora.items()},
         notes=(*session.space.notes, *_doubts(session, table, fits)),
         tail=fit["tail"],
+        checked=_checked(fit),
         also=tuple(map(_also, costs[1:], fits[1:], workloads[1:])),
         kv_bytes=max(kv_bytes(loaded.structure, workload, session.target.dtype.itemsize) for workload in workloads),
         workload=workloads[0].name,
@@ -93,7 +94,12 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
 
 def _also(sites: Sequence[SiteOptions], fit: Mapping[str, Any], workload: Workload) -> WorkloadCost:
     ms = tuple(tuple(option.ms * fit["scales"].get(option.kernel, 1.0) for option in site.options) for site in sites)
-    return WorkloadCost(workload.name, ms, fit["map"], tuple(fit["dense_ms"]), fit["tail"])
+    return WorkloadCost(workload.name, ms, fit["map"], tuple(fit["dense_ms"]), fit["tail"], _checked(fit))
+
+
+def _checked(fit: Mapping[str, Any]) -> str:
+    """What repeated blocks say of a map; maps of earlier versions were not checked."""
+    return Differenced(**fit["blocks"]).words if fit.get("blocks") else ""
 
 
 def _doubts(session: Session, table: LatencyTable, fits: Sequence[Mapping[str, Any]]) -> list[str]:

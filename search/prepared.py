@@ -54,7 +54,7 @@ class SiteOptions:
 class WorkloadCost:
     """What the options cost in another workload than the main one.
 
-    model_ms: by site and option; latency: its map; dense_ms, tail: as in `Prepared`.
+    model_ms: by site and option; latency: its map; dense_ms, tail, checked: as in `Prepared`.
     """
 
     workload: str
@@ -62,6 +62,7 @@ class WorkloadCost:
     latency: Mapping[str, Any]
     dense_ms: tuple[float, float, float]
     tail: float
+    checked: str = ""
 
     @cached_property
     def map(self) -> LatencyModel | AssumedMap:
@@ -79,8 +80,9 @@ class Prepared:
     """A study before its objective: sites with priced and scored options, and the map from their sum to the whole model.
 
     dense_ms: median latency of the dense reference with its 95 % interval; tail: its 95th percentile over its median, interruptions
-    included, nan where nothing was run; other_bytes: everything outside the sites; also: the costs in the other workloads; kv_bytes:
-    the largest one's cache; workload: the main one; label: of all latencies here; limits: what a policy has to keep besides.
+    included, nan where nothing was run; checked: what repeated blocks say of the map, "" where nothing was run; other_bytes:
+    everything outside the sites; also: the costs in the other workloads; kv_bytes: the largest one's cache; workload: the main one;
+    label: of all latencies here; limits: what a policy has to keep besides.
     """
 
     sites: tuple[SiteOptions, ...]
@@ -99,6 +101,7 @@ class Prepared:
     workload: str = ""
     label: Label = "measured"
     limits: tuple[Limit, ...] = ()
+    checked: str = ""
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Prepared:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from methods.atomic import write_text
-from predictors.assumed import AssumedMap
 from predictors.intervals import normal_interval
 from predictors.latency import LatencyModel
 from predictors.loss import PredictorReport
@@ -20,7 +19,7 @@ from search.finalists import DENSE_NAME, Finalist, Met
 from search.frontier import Candidate, Fidelity, frontier, write_csv
 from search.limits import reached_ms, under
 from search.objectives import Objective, Objectives, file_name
-from search.prepared import Prepared
+from search.prepared import Prepared, WorkloadCost
 from search.report import content
 from search.report.content import DataUse, Entry, Guard, LatencyFit, ReportData, Verdict
 from search.report.honesty import Pair
@@ -299,7 +298,6 @@ def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunCon
         )
     entries = measured_entries(folder, answer, config.stated_workloads)
     pace = answer.finalists[0].latency_ms / prepared.dense_ms[0]
-    map_ = prepared.map
     threads = answer.versions.get("threads", prepared.target["threads"])
     generated = any(use["generated"] for use in prepared.data.values())
     return ReportData(
@@ -315,7 +313,7 @@ def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunCon
         sites=tuple((site.name, site.kind, site.block) for site in prepared.sites),
         dense_format=prepared.sites[0].options[0].format,
         guard=guard(answer),
-        latency_fit=_fit(map_),
+        latency_fits=_fits(prepared),
         predictor=None if answer.predictor is None else PredictorReport(**{**answer.predictor, **_tuples(answer.predictor)}),
         shadow_price=answer.shadow_price / pace,
         data=tuple(
@@ -341,11 +339,17 @@ def _unit(objective: Objective) -> str:
     return f"{objective.workload.unit} (95th percentile)" if objective.quantile != 0.5 else objective.workload.unit
 
 
-def _fit(map_: LatencyModel | AssumedMap) -> LatencyFit | None:
-    if isinstance(map_, AssumedMap):
-        return None
-    formula = f"T = {map_.b0:.3g} ms + {map_.b1:.3g} × sum of the sites' kernel times"
-    return LatencyFit(formula, len(map_.runs), map_.loo_error.mean, map_.loo_error.max, map_.coverage)
+def _fits(prepared: Prepared) -> tuple[LatencyFit, ...]:
+    fits = []
+    priced: list[Prepared | WorkloadCost] = [prepared, *prepared.also]
+    for own in priced:
+        map_ = own.map
+        if isinstance(map_, LatencyModel):
+            formula = f"T = {map_.b0:.3g} ms + {map_.b1:.3g} × sum of the sites' kernel times"
+            checked = f"{own.checked[:1].upper()}{own.checked[1:]}." if own.checked else ""
+            errors = map_.loo_error
+            fits.append(LatencyFit(own.workload, formula, len(map_.runs), errors.mean, errors.max, map_.coverage, checked))
+    return tuple(fits)
 
 
 def _met_words(met: Met) -> str:

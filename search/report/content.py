@@ -55,13 +55,18 @@ class Guard:
 
 @dataclass(frozen=True)
 class LatencyFit:
-    """The whole-model latency map and its own error: `formula` in words, relative errors of leave-one-out."""
+    """The whole-model latency map of a workload and its own error: `formula` in words, relative errors of leave-one-out.
 
+    checked: what repeated blocks say of it, in words.
+    """
+
+    workload: str
     formula: str
     n_runs: int
     mean_error: float
     max_error: float
     coverage: float
+    checked: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class ReportData:
     sites: tuple[tuple[str, str, int], ...]
     dense_format: str
     guard: Guard | None
-    latency_fit: LatencyFit | None
+    latency_fits: tuple[LatencyFit, ...]
     predictor: PredictorReport | None
     shadow_price: float | None
     data: tuple[DataUse, ...]

@@ -151,15 +151,11 @@ def _data(data: ReportData) -> str:
 
 
 def _errors(data: ReportData) -> str:
-    lines = []
-    fit = data.latency_fit
-    if fit is None:
-        lines.append("No latency map was fitted.")
-    else:
-        lines.append(
-            f"Latency map {fit.formula}, fitted on {fit.n_runs} whole-model runs: leave-one-out error {fit.mean_error:.1%} on average, "
-            f"{fit.max_error:.1%} at most; intervals promise {fit.coverage:.0%}."
-        )
+    lines = [
+        f"Latency map of {fit.workload}: {fit.formula}, fitted on {fit.n_runs} whole-model runs; leave-one-out error "
+        f"{fit.mean_error:.1%} on average, {fit.max_error:.1%} at most; intervals promise {fit.coverage:.0%}. {fit.checked}".strip()
+        for fit in data.latency_fits
+    ] or ["No latency map was fitted."]
     report = data.predictor
     if report is None:
         lines.append("No loss predictor was evaluated: too few policies were measured.")

@@ -53,7 +53,7 @@ def data(**other: Any) -> ReportData:
         "sites": tuple(SITES),
         "dense_format": "bf16",
         "guard": Guard(True, "uniform w4", Interval(-0.2, -0.3, -0.1), 12),
-        "latency_fit": LatencyFit("T = 1.2 + 1.1 · kernels", 12, 0.01, 0.025, 0.9),
+        "latency_fits": (LatencyFit("decode", "T = 1.2 + 1.1 · kernels", 12, 0.01, 0.025, 0.9, f"Blocks {EVIL}."),),
         "predictor": PredictorReport(
             40, 0.97, 0.95, None, 0, 0.08, 0.925, 0.9, ("lightgbm", "affine"), ((0.1, 0.05, 0.2, 0.3),)
         ),

@@ -137,7 +137,7 @@ def test_the_script_never_calls_a_modelled_latency_measured() -> None:
 
 def test_other_verdicts() -> None:
     measured = tuple(entry for entry in data().measured if entry.group != "chosen")
-    text = page(data(verdict="not met", measured=measured, guard=None, predicted=(), predictor=None, latency_fit=None, data=()))
+    text = page(data(verdict="not met", measured=measured, guard=None, predicted=(), predictor=None, latency_fits=(), data=()))
     assert "The objective is not met" in text and "the fastest, other mix, takes 5 ms [4.9, 5.1]" in text
     assert "No text was used" in text and "No loss predictor was evaluated" in text and "Predicted, not measured" not in text
     assert "Not validated" in page(data(verdict="unvalidated"))
