@@ -48,7 +48,7 @@ def spec_of(decisions: Decisions) -> Spec:
         raise ValueError(f"policy file: {labels}: only the last decision of a site may set the format")
     fmt = parse_format(str(decisions[-1].knob("format")))
     if fmt.dense:
-        return {"method": "float", "dtype": fmt.dense, "algo": algo}
+        return {"method": "float", "dtype": fmt.name, "algo": algo}
     if not _by_fields(fmt):
         return {"method": "grid", "format": fmt.name, "algo": algo}
     spec: Spec = {"method": "int", "bits": fmt.bits, "group": fmt.group, "sym": fmt.symmetric, "act": fmt.act_bits}
@@ -89,9 +89,10 @@ def decisions_of(spec: Mapping[str, object], algo: str = DEFAULT_ALGO) -> Decisi
 
 
 def _dense(spec: Mapping[str, object]) -> Format:
-    if spec.get("dtype") not in DENSE_DTYPES:
+    dtype = str(spec.get("dtype"))
+    if dtype.partition("-")[0] not in DENSE_DTYPES:
         raise ValueError(f"dtype={spec.get('dtype')!r} with method: float; use one of {', '.join(DENSE_DTYPES)}")
-    return parse_format(str(spec["dtype"]))
+    return parse_format(dtype)
 
 
 def _named(spec: Mapping[str, object]) -> Format:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from methods.formats.format import parse_format
+from methods.model.structure import Structure
 from predictors.cells import MIN_SHAPES, Cell, fit_cells
+from predictors.operator_cells import between
 from profilers import roofline
+from profilers.cells import model_key, outside_cells, site_cells, workload_of
 from profilers.datasheets import DATASHEETS
 from profilers.kernels.catalogue import supported
 from profilers.label import Label, weakest
+from profilers.operators import OPERATORS, kind_of
 from profilers.table import KernelKey, LatencyTable, Row
 from profilers.target import Target
 from profilers.timer import Timing, quantile
+from profilers.workload import Workload
 
 LINEAR = "linear"
 
@@ -49,6 +55,17 @@ class Elsewhere:
                 rows = _modelled(self._target, key)
             self._rows[key] = rows
         return self._rows[key]
+
+    def best(self, key: KernelKey) -> Timing | None:
+        """The fastest of `rows`, or None."""
+        return min((row.timing for row in self.rows(key) if row.timing), key=lambda timing: timing.median_ms, default=None)
+
+    def runs(self, structure: Structure, workload: Workload) -> list[Workload]:
+        """In which workloads of a workload's phase whole models of these shapes were run there, or on its sister; the nearest first."""
+        key = model_key(structure, workload)
+        tables = [source.table for source in (self._own, self._sister) if source is not None]
+        found = {workload_of(at) for table in tables for at in table.keys() if replace(at, m=key.m, n=key.n) == key}  # noqa: SIM118
+        return sorted(found, key=lambda run: _distance(run, workload))
 
     def table(self, keys: Iterable[KernelKey]) -> LatencyTable:
         """A table in memory with those of `keys` of which something is known, and the checks of the tables that it comes from."""
@@ -89,6 +106,9 @@ class _Table:
         return found or [Row(kernel, key, "ok", "", timing=timing) for kernel, timing in self._between(key)]
 
     def _between(self, key: KernelKey) -> Iterator[tuple[str, Timing]]:
+        if kind_of(key.op) in OPERATORS:
+            yield from between(self.table.rows.values(), key)
+            return
         for (kernel, fmt), spans in self._spans.items():
             sizes, rows = zip(*spans, strict=True)
             inside = min(sizes) <= key.n * key.k <= max(sizes) and min(rows) <= key.m <= max(rows)
@@ -101,10 +121,13 @@ class _Table:
 
 
 def _modelled(target: Target, key: KernelKey) -> list[Row]:
+    sheet = DATASHEETS[target.sheet]
+    if kind_of(key.op) in OPERATORS:
+        return [Row("roofline", key, "ok", "", timing=roofline.operator(sheet, key))]
     fmt = parse_format(key.format)
-    if key.op != LINEAR or not (fmt.dense or supported(fmt, key.n, key.k, key.m, target)):
+    if key.op != LINEAR or fmt.thinned or not (fmt.dense or supported(fmt, key.n, key.k, key.m, target)):
         return []
-    return [Row("roofline", key, "ok", "", timing=roofline.linear(DATASHEETS[target.sheet], key))]
+    return [Row("roofline", key, "ok", "", timing=roofline.linear(sheet, key))]
 
 
 def _transferred(target: Target, row: Row, factor: float | None) -> Row:
@@ -113,6 +136,8 @@ def _transferred(target: Target, row: Row, factor: float | None) -> Row:
     own, other = DATASHEETS[target.sheet], DATASHEETS[target.sister]
     if factor is None and row.key.op == LINEAR:
         factor = roofline.linear(own, row.key).median_ms / roofline.linear(other, row.key).median_ms
+    elif factor is None and kind_of(row.key.op) in OPERATORS:
+        factor = roofline.operator(own, row.key).median_ms / roofline.operator(other, row.key).median_ms
     elif factor is None:
         decode = row.key.op.startswith("model-decode")
         factor = other.bandwidth / own.bandwidth if decode else other.peak["bf16"] / own.peak["bf16"]
@@ -124,6 +149,54 @@ def scaled(timing: Timing, factor: float) -> Timing:
     times = {name: getattr(timing, name) * factor for name in ("median_ms", "p10_ms", "p90_ms", "lo_ms", "hi_ms")}
     label: Label = weakest((timing.label, "transferred"))
     return replace(timing, **times, label=label)
+
+
+def rest_of_step(
+    elsewhere: Elsewhere, structure: Structure, workload: Workload, dtype: str, experts_per_token: int = 0
+) -> Timing | None:
+    """A dense step less its sites' kernels: of the target's run of such a model in that workload, or from its nearest run in another.
+
+    From another: that run's rest and the difference of what `outside_cells` lists, `interpolated` at best; what is no cell counts as in
+    the run. dtype: the target's compute dtype. None where no run is there from which measured cells reach the workload.
+    """
+    fmt = parse_format(structure.dtype)
+    wanted = Counter(dict(outside_cells(structure, workload, dtype)))
+    for run in elsewhere.runs(structure, workload):
+        had = Counter(dict(outside_cells(structure, run, dtype)))
+        sites = (item for site in structure.sites for item in site_cells(site, fmt, run.tokens_in_flight, experts_per_token))
+        whole = elsewhere.best(model_key(structure, run))
+        parts = [_sum(elsewhere, cells) for cells in (sites, (wanted - had).items(), (had - wanted).items())]
+        if whole is None or None in parts:
+            continue
+        kernels, more, less = (part for part in parts if part is not None)
+        ms = (
+            max(at - kernels.median_ms, 0.0) + plus - minus
+            for at, plus, minus in (
+                (whole.median_ms, more.median_ms, less.median_ms),
+                (whole.lo_ms, more.lo_ms, less.hi_ms),
+                (whole.hi_ms, more.hi_ms, less.lo_ms),
+            )
+        )
+        median, low, high = (max(each, 0.0) for each in ms)
+        label = (
+            whole.label if run == workload else weakest(("interpolated", whole.label, kernels.label, more.label, less.label))
+        )
+        return replace(whole, median_ms=median, lo_ms=low, hi_ms=high, label=label)
+    return None
+
+
+def _sum(elsewhere: Elsewhere, cells: Iterable[tuple[KernelKey, int]]) -> Timing | None:
+    """Of calls, or None where one of them is not known."""
+    found = [(elsewhere.best(key), count) for key, count in cells]
+    known = [(timing, count) for timing, count in found if timing is not None]
+    return summed(known) if len(known) == len(found) else None
+
+
+def _distance(run: Workload, workload: Workload) -> tuple[float, float]:
+    """How far a run is from a workload: in its batch first, whose change brings other kernels, then in its length."""
+    batch = abs(math.log(run.batch / workload.batch))
+    lengths = [each.context if each.phase == "decode" else each.prompt for each in (run, workload)]
+    return batch, abs(math.log(lengths[0] / lengths[1]))
 
 
 def probe_factor(sister: LatencyTable, probes: LatencyTable) -> float | None:

@@ -1,4 +1,4 @@
-"""Decode attention on the project's kernel, plugged into transformers where its own attention is `sdpa`."""
+"""Attention on the project's code, plugged into transformers where its own is `sdpa`: one kernel for a new token, one for a prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEAD_DIMS = (16, 32, 64, 80, 96, 128, 256)
 
 _POINTERS = ("q", "k", "v", "out")
 _SIZES = ("batch", "heads", "kv_heads", "length", "dim", "bf16", "threads")
-_STRIDES = ("q_batch", "q_head", "k_batch", "k_head", "k_token", "v_batch", "v_head", "v_token")
+_STRIDES = ("q_batch", "q_head", "q_token", "k_batch", "k_head", "k_token", "v_batch", "v_head", "v_token")
 _PLAIN = frozenset({"dropout", "scaling", "is_causal", "sliding_window", "position_ids", "use_cache", "output_attentions"})
 """Options that change nothing for one query without a mask; any other that is set goes to torch."""
 
@@ -38,14 +38,59 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, threads: int = 1) -> T
     """
     batch, heads, _, dim = q.shape
     out = q.new_empty((batch, 1, heads, dim))
-    q_batch, q_head = q.stride()[:2]
-    arguments = Attention(
+    library().isolatency_attention(ctypes.byref(_arguments(q, k, v, out, scale, threads)))
+    return out
+
+
+def prompt_kernel(target: Target) -> bool:
+    """Whether `attend_prompt` runs on the target's CPU and is for it: with tiles (AMX) torch multiplies bf16 at full speed itself.
+
+    Raises NoCompiler where the kernels cannot be built.
+    """
+    wanted = target.device == "cpu" and target.compute_dtype == "bf16" and "amx_bf16" not in target.capabilities
+    return wanted and bool(library().isolatency_prompt_bytes() == ctypes.sizeof(Attention))
+
+
+def attend_prompt(q: Tensor, k: Tensor, v: Tensor, scale: float, threads: int = 1) -> Tensor:
+    """Causal attention of whole prompts: q (b, h, t, d), k and v (b, h_kv, t, d), all bf16 -> (b, t, h, d).
+
+    Sums in fp32, probabilities in bf16. d is one of `HEAD_DIMS` and contiguous, scale positive; only where `prompt_kernel` says so.
+    """
+    batch, heads, length, dim = q.shape
+    out = q.new_empty((batch, length, heads, dim))
+    library().isolatency_prompt(ctypes.byref(_arguments(q, k, v, out, scale, threads)))
+    return out
+
+
+def _arguments(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, threads: int) -> Attention:
+    batch, heads, _, dim = q.shape
+    return Attention(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(),
         batch, heads, k.shape[1], k.shape[2], dim, q.dtype is torch.bfloat16, threads,
-        q_batch, q_head, *k.stride()[:3], *v.stride()[:3], scale,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale,
     )  # fmt: skip
-    library().isolatency_attention(ctypes.byref(arguments))
-    return out
+
+
+def fits_prompt(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether `attend_prompt` computes exactly this attention: of a whole prompt, each token seeing those before it."""
+    return (
+        mask is None
+        and options.get("is_causal") in (None, True)
+        and 1 < q.shape[2] == k.shape[2]
+        and q.shape[3] == k.shape[3] == v.shape[3]
+        and q.shape[3] in HEAD_DIMS
+        and q.dtype is k.dtype is v.dtype is torch.bfloat16
+        and q.stride(3) == k.stride(3) == v.stride(3) == 1
+        and _plain(options)
+    )
+
+
+def _plain(options: dict[str, Any]) -> bool:
+    return (
+        not options.get("dropout")
+        and not options.get("output_attentions")
+        and all(value is None for name, value in options.items() if name not in _PLAIN)
+    )
 
 
 def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
@@ -58,9 +103,7 @@ def fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str
         and q.dtype is k.dtype is v.dtype
         and q.dtype in (torch.bfloat16, torch.float32)
         and q.stride(3) == k.stride(3) == v.stride(3) == 1
-        and not options.get("dropout")
-        and not options.get("output_attentions")
-        and all(value is None for name, value in options.items() if name not in _PLAIN)
+        and _plain(options)
     )
 
 
@@ -77,7 +120,7 @@ def install(model: Any, target: Target) -> bool:
     ):
         return False
     try:
-        library()
+        prompts = prompt_kernel(target)
     except NoCompiler:
         return False
     from transformers import AttentionInterface
@@ -87,10 +130,13 @@ def install(model: Any, target: Target) -> bool:
     def forward(
         module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
-        if not fits(query, key, value, attention_mask, options):
-            return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         scale = options.get("scaling")
-        return attend(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, torch.get_num_threads()), None
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if fits(query, key, value, attention_mask, options):
+            return attend(query, key, value, scale, torch.get_num_threads()), None
+        if prompts and getattr(module, "is_causal", True) and fits_prompt(query, key, value, attention_mask, options):
+            return attend_prompt(query, key, value, scale, torch.get_num_threads()), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
     AttentionInterface.register(NAME, forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,8 +1,9 @@
-"""A sweep over a device: cells in the order of a plan, some of them twice, and a reference cell in between, within a budget of time."""
+"""A sweep over a device: cells in the order of a plan, some of them twice, a reference cell in between and random models behind them."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -10,10 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from profilers import clocks
+from profilers import clocks, random_models
 from profilers.checks import summary
 from profilers.duration import parse_duration
-from profilers.plan import FORMATS, MODELS, by_shape, cells, log_uniform, read_shapes
+from profilers.operators import OPERATORS, footprint, kind_of
+from profilers.plan import FIRST_ROWS, FORMATS, MODELS, by_shape, cells, log_uniform, operators, read_shapes
+from profilers.random_models import RandomModel
 from profilers.resolution import look_up
 from profilers.sweep import measure
 from profilers.table import Check, KernelKey, LatencyTable
@@ -26,10 +29,7 @@ BLOCK_S = 60.0
 """Seconds of measuring between two looks at the reference cell."""
 
 REPEATED = 10
-"""One cell of so many is measured again at the end."""
-
-_REPEATS_SHARE = 0.12
-"""Share of the budget that is kept for that."""
+"""One cell of so many is measured again at the end, unless a sweep says otherwise."""
 
 _COPIES = 4
 
@@ -42,23 +42,27 @@ def sweep(
     keys: Sequence[KernelKey],
     table: LatencyTable,
     *,
+    models: Sequence[RandomModel] = (),
+    repeated: int = REPEATED,
     budget_s: float = math.inf,
     progress: Count | None = None,
     notify: Say | None = None,
     lock_folder: Path | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> list[KernelKey]:
-    """Measures the cells that the table misses, in their order, and one in `REPEATED` again; returns those that the budget left.
+    """Measures the cells that the table misses, in their order, then random models, and one in `repeated` cells again.
+
+    Returns what the budget left; what is too large for the memory is not among it.
 
     Whatever was measured is on disk before the next cell begins. The lock is free between two shapes, so that others get their turn.
     progress: (cells done, of).
     """
-    begin = now()
+    begin, first_s = now(), budget_s * (1 - 1.2 / (repeated + 1.2))  # what is left is for measuring again
     todo = [key for key in table.missing(keys) if fits(target, key)]
     groups = by_shape(todo)
     looked, done = -math.inf, 0
     for group in groups:
-        if now() - begin > budget_s * (1 - _REPEATS_SHARE):
+        if now() - begin > first_s:
             break
         if now() - looked > BLOCK_S:
             table.add_checks(_drift(target, table, notify, lock_folder))
@@ -67,24 +71,29 @@ def sweep(
         done += len(group)
         if progress:
             progress(done, len(todo))
+    fitting = [model for model in models if model.fits(target)]
+    for model in itertools.takewhile(lambda _: now() - begin <= first_s, fitting):
+        random_models.measure(target, model, table, notify=notify, lock_folder=lock_folder)
     for group in by_shape([key for key in keys if fits(target, key)]):
         if now() - begin > budget_s:
             break
-        if _to_repeat(group[0]) and table.has(group[0]) and not _checked(table, group):
+        if _to_repeat(group[0], repeated) and table.has(group[0]) and not _checked(table, group):
             table.add_checks(_again(target, group, table, notify, lock_folder))
     if todo:
         table.add_checks(_drift(target, table, notify, lock_folder))
-    return [key for key in table.missing(keys) if fits(target, key)]
+    left = [key for key in table.missing(keys) if fits(target, key)]
+    return left + [key for model in fitting for key in model.missing(table, target)]
 
 
 def fits(target: Target, key: KernelKey) -> bool:
-    """Whether a cell's weight, dense and a few times, leaves most of the memory to others."""
-    return _COPIES * 4 * key.n * key.k <= target.memory_bytes // 2
+    """Whether a cell's weight, dense and a few times, or an operator's data leave most of the memory to others."""
+    needed = footprint(key) if kind_of(key.op) in OPERATORS else _COPIES * 4 * key.n * key.k
+    return needed <= target.memory_bytes // 2
 
 
-def _to_repeat(key: KernelKey) -> bool:
+def _to_repeat(key: KernelKey, repeated: int) -> bool:
     """The same cells in every run of a sweep."""
-    return int(digest_of([key.m, key.n, key.k]), 16) % REPEATED == 0
+    return int(digest_of([key.m, key.n, key.k]), 16) % repeated == 0
 
 
 def _checked(table: LatencyTable, group: Sequence[KernelKey]) -> bool:
@@ -119,7 +128,7 @@ def _fresh(
     target: Target, group: Sequence[KernelKey], table: LatencyTable, notify: Say | None, lock_folder: Path | None
 ) -> LatencyTable:
     fresh = LatencyTable(table.fingerprint, table.description, header=table.header)
-    folder = lock_folder or (table.path.parent if table.path else Path())
+    folder = lock_folder or table.folder
     measure(target, group, fresh, notify=notify, lock_folder=folder)
     return fresh
 
@@ -157,15 +166,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shapes", default="", metavar="FILE", help="shapes instead of models, outputs and inputs a line")
     parser.add_argument("--plan", type=int, default=40, metavar="N", help="log-uniform shapes besides; 0: none")
     parser.add_argument("--formats", default="", metavar="F,F", help="default: what the device's kernels are for")
+    parser.add_argument(
+        "--repeat", type=int, default=REPEATED, metavar="N", help="measure one cell in N twice; default: %(default)s"
+    )
     parser.add_argument("--rows", default="", metavar="M,M", help="rows of the products; default: from 1 to 2048")
     return parser
 
 
 def _slice(parsed: argparse.Namespace) -> int:
     target = local(parsed.target, parsed.threads or None)
+    if parsed.repeat < 1:
+        raise ValueError(f"--repeat {parsed.repeat}: one cell in so many is measured twice; use 1 (all) or more")
     folder = Path(parsed.out)
     table = LatencyTable.open(folder, target)
-    keys = _planned(parsed, target)
+    keys, models = _planned(parsed, target), _planned_models(parsed, target)
     budget_s = parse_duration(parsed.budget) if parsed.budget else math.inf
     began, told = time.monotonic(), [0.0]
 
@@ -176,11 +190,14 @@ def _slice(parsed: argparse.Namespace) -> int:
             sys.stderr.write(f"{done} of {total} cells, {spent / done * (total - done) / 60:.0f} min left\n")
 
     sys.stderr.write(f"{target.description}; table {table.path}\n")
-    left = sweep(target, keys, table, budget_s=budget_s, progress=progress, notify=lambda text: _write(text))
+    left = sweep(
+        target, keys, table, models=models, repeated=parsed.repeat, budget_s=budget_s, progress=progress, notify=_write
+    )
     table.describe(provenance(target, sys.argv))
     _write(summary(table))
     if left:
-        _write(f"{len(left)} of {len(keys)} cells are left; the same command goes on")
+        total = len(keys) + sum(len(model.cells()) for model in models)
+        _write(f"{len(left)} of {total} cells are left; the same command goes on")
     return 3 if left else 0
 
 
@@ -199,17 +216,35 @@ def local(name: str, threads: int | None = None) -> Target:
     return found.target
 
 
-def _planned(parsed: argparse.Namespace, target: Target) -> list[KernelKey]:
+def _planned_models(parsed: argparse.Namespace, target: Target) -> list[RandomModel]:
+    """None where shapes are named instead of models."""
+    if parsed.shapes:
+        return []
+    return random_models.planned([MODELS[name] for name in _model_names(parsed)], _formats(parsed, target))
+
+
+def _model_names(parsed: argparse.Namespace) -> list[str]:
     names = [name for name in parsed.models.split(",") if name] or list(MODELS)
     unknown = [name for name in names if name not in MODELS]
     if unknown:
         raise ValueError(f"--models {unknown[0]}: not known; use {', '.join(MODELS)}, or --shapes FILE")
+    return names
+
+
+def _formats(parsed: argparse.Namespace, target: Target) -> tuple[str, ...]:
+    return tuple(filter(None, parsed.formats.split(","))) or FORMATS[target.device]
+
+
+def _planned(parsed: argparse.Namespace, target: Target) -> list[KernelKey]:
+    names = _model_names(parsed)
     shapes = read_shapes(Path(parsed.shapes)) if parsed.shapes else [shape for name in names for shape in MODELS[name].shapes()]
     shapes += log_uniform(parsed.plan) if parsed.plan else []
-    formats = tuple(filter(None, parsed.formats.split(","))) or FORMATS[target.device]
+    formats = _formats(parsed, target)
+    others = [] if parsed.shapes else operators([MODELS[name].widths for name in names], target.compute_dtype)
     if not parsed.rows:
-        return cells(shapes, formats)
+        both = cells(shapes, formats, FIRST_ROWS)  # before the operators, so that a short sweep has both phases of all shapes
+        return list(dict.fromkeys([*both, *others, *cells(shapes, formats)]))
     rows = [int(text) for text in parsed.rows.split(",") if text.isdigit() and int(text)]
     if len(rows) < len(parsed.rows.split(",")):
         raise ValueError(f"--rows {parsed.rows}: whole numbers above zero, with commas, such as 1,8,512")
-    return cells(shapes, formats, rows)
+    return [*cells(shapes, formats, rows), *others]

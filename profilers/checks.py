@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from profilers.table import Check, LatencyTable
+from profilers.timer import quantile
 
 SMALL_BYTES = 2_500_000
 """Weights below this size stay in a cache that nobody else uses up; above, neighbours are felt."""
@@ -46,8 +47,15 @@ def _size(check: Check) -> str:
 
 
 def summary(table: LatencyTable) -> str:
-    """How many cells were measured twice and what came of it, in a line."""
+    """How many cells were measured twice and what came of it, and what blocks take of their cells' sum, in a line."""
     kinds = [check.kind for check in table.checks]
     bad = problems(table)
     state = "; ".join(bad) if bad else "they agree"
-    return f"{kinds.count('repeat')} cells measured twice, reference cell measured {kinds.count('drift')} times: {state}"
+    said = f"{kinds.count('repeat')} cells measured twice, reference cell measured {kinds.count('drift')} times: {state}"
+    shares = sorted(check.again_ms / check.first_ms for check in table.checks if check.kind == "block")
+    if shares:
+        said += (
+            f"; {len(shares)} blocks of random models, by the difference of two depths, take {shares[0]:.2f} to {shares[-1]:.2f} of "
+            f"their cells' sum (median {quantile(shares, 0.5):.2f})"
+        )
+    return said

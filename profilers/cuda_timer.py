@@ -1,15 +1,16 @@
-"""Timing on a CUDA device: graphs that rotate over cold weights for decode, events around every call for prefill."""
+"""Timing on a CUDA device: graphs that rotate over cold weights for decode, events around every call for prefill, steps of whole models."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal, Protocol
 
 import torch
 
 from profilers import clocks
 from profilers.clocks import Clocks
+from profilers.kernels.device import failures
 from profilers.target import Target
 from profilers.timer import Call, Sample, Samples
 
@@ -23,6 +24,12 @@ MOST_COPIES = 2048
 """Calls of a graph: more of a small weight than this, and building it takes longer than timing it."""
 
 _WARM_UP = 3
+
+How = Literal["graph", "events"]
+"""What a step was timed as: replays of a captured graph, or calls with events around them, launches included."""
+
+Turns = Callable[[], Iterable[int]]
+"""The turns of a block of timings, counted from 0; asked for again where a block is repeated."""
 
 
 class Device(Protocol):
@@ -51,7 +58,8 @@ class CudaDevice:
         """A CUDA graph. Every call has run before: what a first call compiles or allocates cannot be captured."""
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
+        # The outer context gives the stream back after a capture that failed, which torch's own does not.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             kept = [call() for call in calls]
         # The outputs lie in the graph's own memory, which is free again with the last reference to them.
         return _Replay(graph, kept)
@@ -101,7 +109,7 @@ def decode(candidates: Mapping[str, Sequence[Call]], device: Device, rounds: int
         return device.captured(calls)
 
     graphs = {name: graph(calls) for name, calls in candidates.items()}
-    return _in_turns(graphs, {name: len(calls) for name, calls in candidates.items()}, device, rounds)
+    return _in_turns(graphs, {name: len(calls) for name, calls in candidates.items()}, device, lambda: range(rounds))
 
 
 def prefill(candidates: Mapping[str, Sequence[Call]], device: Device, rounds: int = ROUNDS) -> dict[str, Samples]:
@@ -111,10 +119,33 @@ def prefill(candidates: Mapping[str, Sequence[Call]], device: Device, rounds: in
         turn = iter(range(10**9))
         return lambda: calls[next(turn) % len(calls)]()
 
-    return _in_turns({name: once(calls) for name, calls in candidates.items()}, dict.fromkeys(candidates, 1), device, rounds)
+    calls = {name: once(each) for name, each in candidates.items()}
+    return _in_turns(calls, dict.fromkeys(candidates, 1), device, lambda: range(rounds))
 
 
-def _in_turns(calls: Mapping[str, Call], n_calls: Mapping[str, int], device: Device, rounds: int) -> dict[str, Samples]:
+def steps(candidates: Mapping[str, Call], device: Device, turns: Turns, lead: int = 0, burst: int = 1) -> dict[str, Samples]:
+    """Steps of whole models: in a turn `lead` calls of a candidate that are not timed, then `burst` that are, numbered through."""
+    return _in_turns(candidates, dict.fromkeys(candidates, 1), device, turns, lead, burst)
+
+
+def captured(call: Call, device: Device) -> tuple[Call, How, str]:
+    """A call as a graph, how it is to be timed, and why it could not be captured: then it is the call as it was.
+
+    Routing to experts, for one, waits for the device in the middle of a step, which a graph cannot hold. Raises what a call raises
+    that does not run at all, and torch's OutOfMemoryError.
+    """
+    call()
+    try:
+        return device.captured([call]), "graph", ""
+    except torch.OutOfMemoryError:
+        raise
+    except failures() as error:
+        return call, "events", str(error).strip().splitlines()[0]
+
+
+def _in_turns(
+    calls: Mapping[str, Call], n_calls: Mapping[str, int], device: Device, turns: Turns, lead: int = 0, burst: int = 1
+) -> dict[str, Samples]:
     """Timed twice at most: where the clock moved or was held back during the first block, that one is dropped.
 
     Where it was again, all samples count as interrupted: the timing says that it is of a contended device.
@@ -122,9 +153,9 @@ def _in_turns(calls: Mapping[str, Call], n_calls: Mapping[str, int], device: Dev
     for call in calls.values():
         for _ in range(_WARM_UP):
             device.seconds(call)
-    samples, steady = _block(calls, n_calls, device, rounds)
+    samples, steady = _block(calls, n_calls, device, turns(), lead, burst)
     if not steady:
-        samples, steady = _block(calls, n_calls, device, rounds)
+        samples, steady = _block(calls, n_calls, device, turns(), lead, burst)
     if not steady:
         for found in samples.values():
             found.all[:] = [Sample(sample.turn, sample.wall, sample.cpu, True) for sample in found.all]
@@ -132,12 +163,15 @@ def _in_turns(calls: Mapping[str, Call], n_calls: Mapping[str, int], device: Dev
 
 
 def _block(
-    calls: Mapping[str, Call], n_calls: Mapping[str, int], device: Device, rounds: int
+    calls: Mapping[str, Call], n_calls: Mapping[str, int], device: Device, turns: Iterable[int], lead: int, burst: int
 ) -> tuple[dict[str, Samples], bool]:
     samples = {name: Samples() for name in calls}
     before = device.clocks()
-    for turn in range(rounds):
+    for turn in turns:
         for name, call in calls.items():
-            seconds = device.seconds(call) / n_calls[name]
-            samples[name].all.append(Sample(turn, seconds, seconds, False))
+            for _ in range(lead):
+                call()
+            for place in range(burst):
+                seconds = device.seconds(call) / n_calls[name]
+                samples[name].all.append(Sample(turn * burst + place, seconds, seconds, False))
     return samples, before.steady(device.clocks())

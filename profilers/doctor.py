@@ -11,12 +11,11 @@ from pathlib import Path
 
 from methods.locks import try_lock
 from profilers import clocks
-from profilers.kernels.build import NoCompiler, compiler, kernel_folder, library
+from profilers.kernels.build import NoCompiler, compiled_for, compiler, kernel_folder
 from profilers.sweep import load_average
 from profilers.target import Target, local_cpu, local_cuda, physical_cores
 
 QUIET_LOAD = 0.5
-_ISA = {3: "AVX512-VNNI and BF16", 2: "AVX512-VNNI", 1: "AVX2", 0: "portable C++"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def _kernels() -> Iterator[Finding]:
     yield Finding("compiler", path is not None, path or "none; install g++ or clang++, or set CXX")
     if path is not None:
         try:
-            yield Finding("kernels", True, f"compiled for {_ISA[int(library().isolatency_isa())]}")
+            yield Finding("kernels", True, f"compiled for {compiled_for()}")
         except NoCompiler as error:
             yield Finding("kernels", False, str(error))
 

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from profilers import cuda_timer
 from profilers.kv_cache import new_cache
+from profilers.steps import FixedStep, Repeatable, Step, once
 from profilers.sweep import load_average, torch_threads
 from profilers.target import Target
-from profilers.timer import Clock, Samples, SystemClock, Timing, exclusive, median_interval, quantile, take
+from profilers.timer import Call, Clock, Samples, SystemClock, Timing, exclusive, median_interval, quantile, take
 from profilers.workload import Workload
 
 LEAD = 2
@@ -25,6 +27,9 @@ LEAD = 2
 
 BURST = 3
 """Decode steps of a turn that are timed."""
+
+How = Literal["clocks", "graph", "events"]
+"""What a step was timed with: the CPU's clocks; on CUDA see `cuda_timer.How`."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,15 @@ class Ratio:
 class Measurement:
     """One model's timing in an interleaved run.
 
-    samples: a few consecutive steps a round, numbered through; load: 1-minute load average afterwards.
+    samples: a few consecutive steps a round, numbered through; load: 1-minute load average afterwards; why: a step on CUDA that
+    could have been a graph is not.
     """
 
     timing: Timing
     samples: Samples
     load: float
+    how: How = "clocks"
+    why: str = ""
 
     @property
     def contended(self) -> bool:
@@ -78,54 +86,21 @@ class Measurement:
 
         Where one of them was contended or too few rounds are left, CPU time is compared.
         """
+        ratios = sorted(ours / theirs for ours, theirs in self._pairs(reference))
+        return Ratio(quantile(ratios, 0.5), *median_interval(ratios))
+
+    def minus(self, reference: Measurement) -> tuple[float, float, float]:
+        """By how many ms this model's step is longer than another's of the same run, with the 95 % interval; paired as a ratio is."""
+        differences = sorted(1e3 * (ours - theirs) for ours, theirs in self._pairs(reference))
+        return quantile(differences, 0.5), *median_interval(differences)
+
+    def _pairs(self, reference: Measurement) -> list[tuple[float, float]]:
         ours, theirs = dict(self.samples.seconds()), dict(reference.samples.seconds())
         both = ours.keys() & theirs.keys()
         if self.contended or reference.contended or len(both) < len(self.samples.all) / 4:
             ours, theirs = ({sample.turn: sample.cpu for sample in found.samples.all} for found in (self, reference))
             both = ours.keys() & theirs.keys()
-        ratios = sorted(ours[turn] / theirs[turn] for turn in both)
-        return Ratio(quantile(ratios, 0.5), *median_interval(ratios))
-
-
-class Step:
-    """One step of a workload on a model, repeatable: after a decode step the cache is as it was before."""
-
-    def __init__(self, model: Any, workload: Workload, seed: int = 0, make_cache: Callable[[Any], Any] = new_cache) -> None:
-        """make_cache: the model -> its empty cache."""
-        self.model = model
-        self.workload = workload
-        self._make_cache = make_cache
-        generator = torch.Generator().manual_seed(seed)
-        n_vocab = int(model.config.vocab_size)
-        length = workload.context if workload.phase == "decode" else workload.prompt
-        self._options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(self.model.forward).parameters else {}
-        self._prompt = torch.randint(0, n_vocab, (workload.batch, length), generator=generator)
-        self._token = torch.randint(0, n_vocab, (workload.batch, 1), generator=generator)
-        self._cache: Any = None
-        self._before: list[dict[str, Any]] = []
-        self.prepare()
-
-    def prepare(self) -> None:
-        """Fills the cache with the context (decode); the cache that `generate` uses, sliding windows included."""
-        if self.workload.phase == "prefill":
-            return
-        self._cache = self._make_cache(self.model)
-        self.model(input_ids=self._prompt, past_key_values=self._cache, use_cache=True, **self._options)
-        self._before = [dict(vars(layer)) for layer in self._cache.layers]
-
-    def __call__(self) -> Tensor:
-        """The next token of each sequence (batch,): forward and argmax."""
-        if self.workload.phase == "decode":
-            ids, cache = self._token, self._cache
-        else:
-            ids, cache = self._prompt, self._make_cache(self.model)
-        logits: Tensor = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **self._options).logits
-        return logits[:, -1].argmax(-1)
-
-    def reset(self) -> None:
-        """Drops what the step added to the cache: layers never overwrite what they held, so their old state is still whole."""
-        for layer, before in zip(self._cache.layers if self._cache else (), self._before, strict=True):
-            vars(layer).update(before)
+        return [(ours[turn], theirs[turn]) for turn in both]
 
 
 def measure(
@@ -141,50 +116,102 @@ def measure(
     notify: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
     clock: Clock | None = None,
+    device: cuda_timer.Device | None = None,
 ) -> dict[str, Measurement]:
     """Times every model on a workload in turns, so that drift and neighbours meet all alike.
 
     A decoding model's turn is a few consecutive steps, the first of them not timed: it runs alone where it is deployed, and a step that
-    follows another model's finds the caches full of that one's weights. A prefill is one step a turn.
+    follows another model's finds the caches full of that one's weights. A prefill is one step a turn. On CUDA a decode step is one graph
+    over a cache of fixed length; where it cannot be captured it is timed as it is, which the measurement says.
     make_caches: by name, how a model's key/value cache is made where it is not the dense one (`profilers.kv_cache.new_cache`).
     Stops after `rounds`, or after `min_rounds` once `budget_s` of wall time is used. cache: folder of the machine's timing lock, which
-    is held meanwhile (None: the caller holds it); notify: told when another run has it. Models may share weights.
+    is held meanwhile (None: the caller holds it); notify: told when another run has it, and of steps that are no graph. Models may share
+    weights. device: what times where the target is a CUDA device, by default torch's current one.
     """
-    with nullcontext() if cache is None else exclusive(cache / "tables", notify):
-        return _measure(
-            models, workload, target, make_caches or {}, rounds, min_rounds, budget_s, progress, clock or SystemClock()
-        )
+    made, fixed = make_caches or {}, target.device == "cuda" and workload.phase == "decode"
+
+    def step(name: str) -> Repeatable:
+        if fixed and name not in made:
+            return FixedStep.of(models[name], workload)
+        return Step(models[name], workload, make_cache=made.get(name, new_cache))
+
+    held = nullcontext() if cache is None else exclusive(cache / "tables", notify)
+    with held, torch_threads(target.threads), torch.inference_mode():
+        steps = {name: step(name) for name in models}
+        limits = Limits(rounds, min_rounds, budget_s)
+        found = time_steps(steps, workload, target, limits, progress=progress, clock=clock, device=device)
+    eager = [run.why for run in found.values() if run.why]
+    if eager and notify:
+        notify(f"{len(eager)} of {len(found)} models decode without a CUDA graph, timed with their launches ({eager[0]})")
+    return found
 
 
-def _measure(
-    models: Mapping[str, nn.Module],
+@dataclass(frozen=True)
+class Limits:
+    """Turns of a measurement: `rounds`, or from `min_rounds` on as many as `budget_s` of wall time allows."""
+
+    rounds: int = 30
+    min_rounds: int = 8
+    budget_s: float = math.inf
+
+
+def time_steps(
+    steps: Mapping[str, Repeatable],
     workload: Workload,
     target: Target,
-    make_caches: Mapping[str, Callable[[Any], Any]],
-    rounds: int,
-    min_rounds: int,
-    budget_s: float,
-    progress: Callable[[int, int], None] | None,
-    clock: Clock,
+    limits: Limits,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    clock: Clock | None = None,
+    device: cuda_timer.Device | None = None,
 ) -> dict[str, Measurement]:
-    samples = {name: Samples() for name in models}
-    lead, burst = (LEAD, BURST) if workload.phase == "decode" else (0, 1)
-    with torch_threads(target.threads), torch.inference_mode():
-        steps = {name: Step(model, workload, make_cache=make_caches.get(name, new_cache)) for name, model in models.items()}
-        for step in steps.values():
-            step()
-            step.reset()
-        start = clock.wall()
-        for turn in range(rounds):
-            if turn >= min_rounds and clock.wall() - start > budget_s:
-                break
-            if progress:
-                progress(turn, rounds)
-            for name in random.Random(turn).sample(sorted(steps), len(steps)):
-                for _ in range(lead):
-                    steps[name]()
-                    steps[name].reset()
-                for place in range(burst):
-                    samples[name].all.append(take(steps[name], turn * burst + place, clock))
-                    steps[name].reset()
+    """What `measure` does with the steps of its models; the caller holds the timing lock, torch's threads and inference mode."""
+    clock = clock or SystemClock()
+    turns = partial(_turns, limits, progress, clock)
+    if target.device == "cuda":
+        return _on_cuda(steps, workload, turns, device or cuda_timer.CudaDevice(target))
+    return _on_cpu(steps, workload, turns, clock)
+
+
+def _turns(limits: Limits, progress: Callable[[int, int], None] | None, clock: Clock) -> Iterator[int]:
+    start = clock.wall()
+    for turn in range(limits.rounds):
+        if turn >= limits.min_rounds and clock.wall() - start > limits.budget_s:
+            return
+        if progress:
+            progress(turn, limits.rounds)
+        yield turn
+
+
+def _on_cpu(
+    steps: Mapping[str, Repeatable], workload: Workload, turns: cuda_timer.Turns, clock: Clock
+) -> dict[str, Measurement]:
+    samples = {name: Samples() for name in steps}
+    lead, burst = _burst(workload)
+    for step in steps.values():
+        once(step)
+    for turn in turns():
+        for name in random.Random(turn).sample(sorted(steps), len(steps)):
+            for _ in range(lead):
+                once(steps[name])
+            for place in range(burst):
+                samples[name].all.append(take(steps[name], turn * burst + place, clock))
+                steps[name].reset()
     return {name: Measurement(found.timing(), found, load_average()) for name, found in samples.items()}
+
+
+def _on_cuda(
+    steps: Mapping[str, Repeatable], workload: Workload, turns: cuda_timer.Turns, device: cuda_timer.Device
+) -> dict[str, Measurement]:
+    def taken(step: Repeatable) -> tuple[Call, How, str]:
+        call = partial(once, step)
+        return cuda_timer.captured(call, device) if workload.phase == "decode" else (call, "events", "")
+
+    ready = {name: taken(step) for name, step in steps.items()}
+    found = cuda_timer.steps({name: call for name, (call, _, _) in ready.items()}, device, turns, *_burst(workload))
+    return {name: Measurement(samples.timing(), samples, load_average(), *ready[name][1:]) for name, samples in found.items()}
+
+
+def _burst(workload: Workload) -> tuple[int, int]:
+    """Steps of a turn that are not timed, and that are."""
+    return (LEAD, BURST) if workload.phase == "decode" else (0, 1)

@@ -13,20 +13,31 @@ from types import MappingProxyType
 
 from methods.formats.format import parse_format
 from methods.model.structure import Structure
-from profilers.cells import site_cells
+from profilers.cached_attention import Heads
+from profilers.cells import Widths, operator_cells, site_cells
 from profilers.table import KernelKey
+from profilers.workload import Workload
 
 Shape = tuple[int, int]
 """Outputs and inputs of a linear: (n, k)."""
 
 DECODE_ROWS = (1, 2, 4, 8, 16)
 PREFILL_ROWS = (128, 512, 2048)
+FIRST_ROWS = (1, 512)
+"""One of each phase."""
+
+BATCHES = (1, 8)
+CONTEXTS = (128, 512, 2048, 8192)
+
+CACHES = ("kv-int8", "kv-fp8", "kv-int4")
+"""Cache formats that attention is measured with, besides the compute dtype's own."""
 
 FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "cpu": (
             "bf16", "w8a8-g64", "w8a8-token", "w4a8-g32-asym", "w4a8-g64-asym", "w4a8-g64", "w4a16-g64", "w3a8-g32-asym",
-            "w3a8-g64-asym", "w2a8-g32-asym", "w2a8-g64-asym",
+            "w3a8-g64-asym", "w2a8-g32-asym", "w2a8-g64-asym", "nf4a16-g64", "nf4a8-g64", "bf16-s90", "bf16-s95", "bf16-r64",
+            "bf16-r128",
         ),
         "cuda": (
             "bf16", "w8a16-g64", "w8a8-token", "w8a8-g64", "w4a16-g64", "w4a16-g128", "w4a16-g64-asym", "w4a8-g64", "w3a16-g64",
@@ -47,6 +58,11 @@ class Sizes:
     kv_heads: int
     head_dim: int
     vocabulary: int
+
+    @property
+    def widths(self) -> Widths:
+        """Those that operators depend on."""
+        return Widths(self.hidden, Heads(self.heads, self.kv_heads, self.head_dim), self.vocabulary, self.inner)
 
     def shapes(self) -> list[Shape]:
         """q+k+v, o, gate+up, down, and the output head."""
@@ -110,7 +126,7 @@ def cells(shapes: Iterable[Shape], formats: Sequence[str], rows: Sequence[int] =
     Raises ValueError for a format that there is not.
     """
     unique = list(dict.fromkeys(shapes))
-    order = sorted(rows, key=lambda m: (m not in (1, 512), m))
+    order = sorted(rows, key=lambda m: (m not in FIRST_ROWS, m))
     fitting = {shape: [name for name in formats if parse_format(name).divides(shape[1])] for shape in unique}
     return [KernelKey("linear", name, m, *shape) for m in order for shape in unique for name in fitting[shape]]
 
@@ -129,6 +145,19 @@ def model_cells(
     return list(found)
 
 
+def operators(widths: Iterable[Widths], dtype: str, workloads: Sequence[Workload] = ()) -> list[KernelKey]:
+    """The cells outside of linears of models of some widths: in some workloads, and where others are interpolated between."""
+    grid = [Workload("decode", batch, context=context) for batch in BATCHES for context in CONTEXTS]
+    grid += [Workload("prefill", prompt=prompt) for prompt in PREFILL_ROWS]
+    caches = ("", *(cache for cache in CACHES if cache != f"kv-{dtype}"))
+    found: dict[KernelKey, None] = {}
+    for own in dict.fromkeys(widths):
+        for workload in dict.fromkeys((*workloads, *grid)):
+            for cache in caches:
+                found |= dict.fromkeys(key for key, _ in operator_cells(own, workload, dtype, cache))
+    return sorted(found, key=lambda key: (key.op, key.m, key.n, key.k))
+
+
 def by_shape(keys: Sequence[KernelKey]) -> list[list[KernelKey]]:
     """The same cells, those that take turns in one measurement together, in the order of their first."""
-    return [list(group) for _, group in groupby(keys, key=lambda key: (key.m, key.n, key.k))]
+    return [list(group) for _, group in groupby(keys, key=lambda key: (key.op, key.m, key.n, key.k))]

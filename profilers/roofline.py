@@ -1,12 +1,15 @@
-"""What a kernel would take by a device's datasheet: nobody measured it, and everything built on it is labelled `modelled`."""
+"""What a cell would take by a device's datasheet: nobody measured it, and everything built on it is labelled `modelled`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from methods.formats.format import Format, parse_format
+from methods.kv.format import CacheFormat, parse_cache_format
 from methods.model.structure import Structure
+from profilers.cached_attention import heads_of
 from profilers.datasheets import Datasheet
+from profilers.operators import OPERATORS, kind_of
 from profilers.table import KernelKey
 from profilers.timer import Timing
 from profilers.workload import Workload
@@ -45,20 +48,46 @@ def linear(sheet: Datasheet, key: KernelKey) -> Timing:
     return _timing(sheet, 2.0 * key.m * key.n * key.k, weights + activations, 1, _peak(sheet, fmt))
 
 
-def rest(sheet: Datasheet, structure: Structure, workload: Workload) -> Timing:
-    """A step without the linears of its sites: output head, attention over the key/value cache, and the small operators' launches."""
+def operator(sheet: Datasheet, key: KernelKey) -> Timing:
+    """The same of a cell of `profilers.cells.operator_cells`; raises ValueError for an op that is none."""
+    kind = kind_of(key.op)
+    if kind not in OPERATORS:
+        raise ValueError(f"roofline: {key.op} is no operator; use one of {', '.join(OPERATORS)}")
+    if kind == "attention":
+        heads = heads_of(key.op)
+        flops, n_bytes = _attention(heads.layer("bf16"), parse_cache_format(key.format), key.m, key.n, key.k)
+        return _timing(sheet, flops, n_bytes, 1, sheet.peak["bf16"])
+    if kind == "elementwise":
+        h, kv, d = heads_of(key.op)
+        moved = _ACTIVATION_BYTES * key.m * (2.0 * (h + kv) * d + 3 * key.k + 6 * key.n)
+        return _timing(sheet, 0.0, moved, _SMALL_OPERATORS, sheet.peak["bf16"])
+    reads = 1 if kind == "sampling" else 2
+    return _timing(sheet, 0.0, reads * _ACTIVATION_BYTES * key.m * key.n, 1, sheet.peak["bf16"])
+
+
+def rest(sheet: Datasheet, structure: Structure, workload: Workload, cache: str = "kv-bf16") -> Timing:
+    """A step without the linears of its sites: output head, attention over the key/value cache, and the small operators' launches.
+
+    cache: the format of keys and values.
+    """
     rows = workload.batch  # logits of the last position only
     head = structure.n_vocab * structure.d_model
     flops, n_bytes = 2.0 * rows * head, 2.0 * head
     n_blocks = len(structure.blocks)
-    cache = kv_bytes(structure, workload)
-    if workload.phase == "decode":
-        flops += 4.0 * workload.batch * workload.context * structure.n_heads * structure.head_dim * n_blocks
-        n_bytes += cache
-    else:
-        flops += 2.0 * workload.batch * workload.prompt**2 * structure.n_heads * structure.head_dim * n_blocks
-        n_bytes += 2.0 * cache + 20.0 * workload.tokens_in_flight * structure.d_model * n_blocks
+    new, held = (1, workload.context) if workload.phase == "decode" else (workload.prompt, 0)
+    attention = _attention(structure, parse_cache_format(cache), workload.batch, new, held)
+    flops, n_bytes = flops + attention[0], n_bytes + attention[1]
+    if workload.phase == "prefill":
+        n_bytes += 20.0 * workload.tokens_in_flight * structure.d_model * n_blocks
     return _timing(sheet, flops, n_bytes, 1 + _SMALL_OPERATORS * n_blocks, sheet.peak["bf16"])
+
+
+def _attention(structure: Structure, fmt: CacheFormat, batch: int, new: int, held: int) -> tuple[float, float]:
+    """Operations, and bytes of keys and values, of attention in all blocks: a prefill reads back what it has written."""
+    n_blocks, width = len(structure.blocks), structure.n_heads * structure.head_dim
+    scores = new * held if held else new**2 / 2
+    n_bytes = fmt.size_bytes(structure, batch, held + new) * (1 if held else 2)
+    return 4.0 * batch * scores * width * n_blocks, float(n_bytes)
 
 
 def kv_bytes(structure: Structure, workload: Workload, width: int = 2) -> int:

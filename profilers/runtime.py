@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.formats.format import Format, parse_format
+from methods.formats.numerics import shape_of
 from methods.formats.sides import plain
 from methods.method import Edit
 from methods.model.structure import LayerSpec, Site, Structure
@@ -159,7 +160,7 @@ class Runtime:
         formats = sorted({part.format.name for part in parts})
         if len(formats) > 1:
             raise RuntimeRefusal(f"site {site.name}: layers in {formats}; fused layers share one format")
-        payload = {name: torch.cat([part.payload[name] for part in parts]) for name in parts[0].payload}
+        payload = _stacked(site, [part.payload for part in parts])
         sizes = [part.dense.shape[0] for part in parts]
         return self._fused(parts[0].format, payload, self._bias(names, sizes, replaced), sizes)
 
@@ -178,9 +179,7 @@ class Runtime:
         return self._dense_sites[key]
 
     def _fused(self, fmt: Format, payload: Payload, bias: Tensor | None, sizes: Sequence[int]) -> FusedSite:
-        weight = payload.get("weight", payload.get("codes"))
-        assert weight is not None
-        n, k = weight.shape
+        n, k = shape_of(fmt, payload)
         step = self.workload.tokens_in_flight
         decode = self.workload.phase == "decode"
         m_few, m_many = (step, max(PREFILL_ROWS, step)) if decode else (1, step)
@@ -211,6 +210,16 @@ class Runtime:
                     self._shared[name] = parameter.detach().to(self.target.device, self.target.dtype)
                 memo[id(parameter)] = nn.Parameter(self._shared[name], requires_grad=False)
         return copy.deepcopy(self.model, memo).to(self.target.device)  # buffers; what is there already stays as it is
+
+
+def _stacked(site: Site, payloads: Sequence[Payload]) -> dict[str, Tensor]:
+    """The payload of layers that are one product. Of low rank they share `down`, or the rank would be the sum of theirs."""
+    if any("down" in payload and not torch.equal(payload["down"], payloads[0]["down"]) for payload in payloads):
+        raise RuntimeRefusal(
+            f"site {site.name}: layers with `down` factors of their own; fused layers share one, factorise them stacked"
+        )
+    shared = {name: part for name, part in payloads[0].items() if name == "down"}
+    return {name: shared[name] if name in shared else torch.cat([own[name] for own in payloads]) for name in payloads[0]}
 
 
 def materialize(

@@ -13,7 +13,9 @@ from methods.atomic import write_bytes
 from profilers.table import SCHEMA, LatencyTable, TableError, check_header
 
 _METADATA = b"isolatency"
-_COLUMNS = ("check", "kernel", "op", "format", "m", "n", "k", "status", "label", "median_ms", "p10_ms", "p90_ms", "record")
+_COLUMNS = (
+    "check", "kernel", "implementation", "op", "format", "m", "n", "k", "status", "label", "median_ms", "p10_ms", "p90_ms", "record",
+)  # fmt: skip
 """Flat columns are for other programs' eyes; `record`, the row as JSON, is what is read back."""
 
 
@@ -90,7 +92,7 @@ def _flat(record: Mapping[str, Any]) -> dict[str, Any]:
     timing = source.get("timing") or {}
     return {
         "check": source.get("kind") if "check" in record else None,
-        **{name: source.get(name) for name in ("kernel", "status")},
+        **{name: source.get(name) for name in ("kernel", "implementation", "status")},
         **source["key"],
         **{name: timing.get(name) for name in ("label", "median_ms", "p10_ms", "p90_ms")},
         "record": json.dumps(record, sort_keys=True),

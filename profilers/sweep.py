@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,26 +21,50 @@ from methods.formats.numerics import DTYPES
 from methods.quant.minmax import minmax
 from methods.quant.nearest import nearest
 from profilers import cuda_timer
+from profilers.cached_attention import Operation
+from profilers.implementation import implementation, refusal
 from profilers.kernels import gate
 from profilers.kernels.catalogue import kernels
 from profilers.kernels.device import failures
 from profilers.kernels.kernel import LinearKernel, Payload, Prepared
+from profilers.operators import OPERATORS, Operator, kind_of
 from profilers.table import KernelKey, LatencyTable, Row
 from profilers.target import Target
-from profilers.timer import Clock, Samples, exclusive, interleave
+from profilers.timer import Call, Clock, Samples, exclusive, interleave
 
 COLD_ROWS = 64
 """Up to so many rows a weight is read from memory at every step of a model; above, arithmetic hides where it comes from."""
 
 _MOST_COPIES = 512
+_MOST_OPERATIONS = 256  # of operators in a CUDA graph: reading a packed cache is dozens of kernels
 _CELL_S = 0.25
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    kernel: LinearKernel
+    """What takes turns: a kernel with a weight and the input of all its calls, or an operator, which brings its own."""
+
+    kernel: LinearKernel | Operator
     key: KernelKey
-    prepared: Prepared
+    prepared: Prepared | Operation
+    inputs: tuple[Tensor, ...] = ()
+    implementation: str = ""
+
+    @property
+    def few(self) -> bool:
+        """Whether it has few rows: of a weight, or queries."""
+        rows = self.key.m * self.key.n if kind_of(self.key.op) == "attention" else self.key.m
+        return rows <= COLD_ROWS
+
+    @property
+    def hot(self) -> bool:
+        """Whether a model finds it in a cache: norms, logits and the like are of what was just written."""
+        return kind_of(self.key.op) in ("norm", "sampling", "elementwise")
+
+    def calls(self, copies: int) -> list[Call]:
+        """On so many copies."""
+        others = (self.prepared.clone() for _ in range(copies - 1))
+        return [partial(prepared, *self.inputs) for prepared in (self.prepared, *others)]
 
 
 def measure(
@@ -64,7 +88,7 @@ def measure(
     keys = table.missing(keys)
     if not keys:
         return []
-    folder = lock_folder or (table.path.parent if table.path else Path())
+    folder = lock_folder or table.folder
     start = time.monotonic()
     done = 0
     with exclusive(folder, notify), torch_threads(target.threads), torch.inference_mode():
@@ -93,11 +117,19 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 def random_payload(fmt: Format, n: int, k: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random codes with scales of the size that real weights have; other than integer grids, random weights rounded to the format."""
+    """Random codes with scales of the size that real weights have; other than integer grids, random weights rounded to the format.
+
+    Zeros lie anywhere, as many as the format says.
+    """
+    if fmt.rank:
+        down, up = (torch.randn(*shape, generator=generator) / math.sqrt(shape[1]) for shape in ((fmt.rank, k), (n, fmt.rank)))
+        return {"down": down.to(DTYPES[fmt.dense]), "up": up.to(DTYPES[fmt.dense])}
+    weight = torch.randn(n, k, generator=generator) / math.sqrt(k)
+    if fmt.zeros:
+        weight.view(-1)[torch.randperm(n * k, generator=generator)[fmt.kept(n, k) :]] = 0
     if fmt.dense:
-        return {"weight": (torch.randn(n, k, generator=generator) / math.sqrt(k)).to(DTYPES[fmt.dense])}
+        return {"weight": weight.to(DTYPES[fmt.dense])}
     if not fmt.integer:
-        weight = torch.randn(n, k, generator=generator) / math.sqrt(k)
         return dict(nearest(weight, fmt, minmax(weight, fmt)))
     codes = torch.randint(fmt.code_range[0], fmt.levels, (n, k), generator=generator, dtype=torch.uint8)
     spread = 2 / (fmt.levels * math.sqrt(k))
@@ -108,12 +140,46 @@ def random_payload(fmt: Format, n: int, k: int, generator: torch.Generator) -> d
     return {"codes": codes, "scale": scale, "offset": (-fmt.levels * shift * scale.float()).bfloat16()}
 
 
-def _shape(key: KernelKey) -> tuple[int, int, int]:
-    return key.m, key.n, key.k
+def _shape(key: KernelKey) -> tuple[str, int, int, int]:
+    return key.op, key.m, key.n, key.k
 
 
 def _measure_shape(target: Target, keys: Sequence[KernelKey], table: LatencyTable, clock: Clock | None) -> list[Row]:
-    m, n, k = _shape(keys[0])
+    able, rows = (_operations if kind_of(keys[0].op) in OPERATORS else _linears)(target, keys, table)
+    ready, refused = _identified(target, able)
+    return rows + refused + _timed(target, ready, clock)
+
+
+def _operations(target: Target, keys: Sequence[KernelKey], table: LatencyTable) -> tuple[list[_Candidate], list[Row]]:
+    ready: list[_Candidate] = []
+    rows: list[Row] = []
+    for key, operator in itertools.product(keys, OPERATORS[kind_of(keys[0].op)]):
+        if not table.lacks(operator.name, operator.source_hash, key):
+            continue
+        reason = operator.supports(key, target)
+        if reason is not None:
+            rows.append(Row(operator.name, key, "unsupported", operator.source_hash, reason, load=load_average()))
+            continue
+        made = _checked(operator, key, target)
+        if isinstance(made, str):
+            rows.append(Row(operator.name, key, "failed", operator.source_hash, made, load=load_average()))
+        else:
+            ready.append(_Candidate(operator, key, made))
+    return ready, rows
+
+
+def _checked(operator: Operator, key: KernelKey, target: Target) -> Operation | str:
+    """An operator on a cell's data, or why it is wrong."""
+    try:
+        made = operator.prepare(key, target)
+        problem = made.problem()
+    except failures() as error:
+        problem = str(error).strip().splitlines()[0]
+    return problem or made
+
+
+def _linears(target: Target, keys: Sequence[KernelKey], table: LatencyTable) -> tuple[list[_Candidate], list[Row]]:
+    _, m, n, k = _shape(keys[0])
     generator = torch.Generator().manual_seed(m * 31 + n * 7 + k)
     x = torch.randn(m, k, generator=generator).to(target.device, target.dtype)
     rows: list[Row] = []
@@ -133,7 +199,7 @@ def _measure_shape(target: Target, keys: Sequence[KernelKey], table: LatencyTabl
             good, bad = _gated(target, key, random_payload(fmt, n, k, generator), x, able)
             ready += good
             rows += bad
-    return rows + _timed(target, x, ready, clock)
+    return ready, rows
 
 
 def _gated(
@@ -149,44 +215,50 @@ def _gated(
         except failures() as error:  # torch's operators say so where a build lacks them
             problem = str(error).strip().splitlines()[0]
         if problem is None and like is not None:
-            ready.append(_Candidate(kernel, key, like))
+            ready.append(_Candidate(kernel, key, like, (x,)))
         else:
             failed.append(Row(kernel.name, key, "failed", kernel.source_hash, problem or "", load=load_average()))
     return ready, failed
 
 
-def _timed(target: Target, x: Tensor, ready: Sequence[_Candidate], clock: Clock | None) -> list[Row]:
+def _identified(target: Target, able: Sequence[_Candidate]) -> tuple[list[_Candidate], list[Row]]:
+    """Those to time, with what they really run, by a call of its own; not those that fall back to a reference."""
+    found = [replace(c, implementation=implementation(c.prepared, c.inputs, target)) for c in able]
+    refused = [
+        Row(
+            c.kernel.name, c.key, "unsupported", c.kernel.source_hash, why, load=load_average(), implementation=c.implementation
+        )
+        for c in found
+        if (why := refusal(c.implementation))
+    ]
+    return [c for c in found if refusal(c.implementation) is None], refused
+
+
+def _timed(target: Target, ready: Sequence[_Candidate], clock: Clock | None) -> list[Row]:
     if not ready:
         return []
     if target.device == "cuda":
-        return _timed_on_cuda(target, x, ready, cuda_timer.CudaDevice(target))
-    cold = x.shape[0] <= COLD_ROWS
-    copies = _copies(target, sum(c.prepared.size_bytes() for c in ready)) if cold else 2
-    calls = {
-        index: [partial(candidate.prepared, x), *(partial(candidate.prepared.clone(), x) for _ in range(copies - 1))]
-        for index, candidate in enumerate(ready)
-    }
+        return _timed_on_cuda(target, ready, cuda_timer.CudaDevice(target))
+    copies = _copies(target, sum(c.prepared.size_bytes() for c in ready)) if ready[0].few else 2
     samples = interleave(
-        {str(index): value for index, value in calls.items()},
+        {str(index): candidate.calls(copies) for index, candidate in enumerate(ready)},
         rounds=max(6, min(40, 400 // copies)),
         min_rounds=4,
         budget_s=_CELL_S * len(ready),
         clock=clock,
     )
-    return [_measured(c, samples[str(index)], cold) for index, c in enumerate(ready)]
+    return [_measured(c, samples[str(index)], c.few and not c.hot) for index, c in enumerate(ready)]
 
 
-def _timed_on_cuda(target: Target, x: Tensor, ready: Sequence[_Candidate], device: cuda_timer.Device) -> list[Row]:
+def _timed_on_cuda(target: Target, ready: Sequence[_Candidate], device: cuda_timer.Device) -> list[Row]:
     """Graphs over cold copies for few rows, events for many; one shape's copies of one kernel at a time would not interleave."""
-    few = x.shape[0] <= COLD_ROWS
-    counts = [cuda_timer.copies(target, c.prepared.size_bytes()) if few else 2 for c in ready]
-    calls = {
-        str(index): [partial(c.prepared, x), *(partial(c.prepared.clone(), x) for _ in range(count - 1))]
-        for index, (c, count) in enumerate(zip(ready, counts, strict=True))
-    }
+    few = ready[0].few
+    most = _MOST_OPERATIONS if kind_of(ready[0].key.op) in OPERATORS else cuda_timer.MOST_COPIES
+    counts = [min(most, cuda_timer.copies(target, c.prepared.size_bytes())) if few else 2 for c in ready]
+    calls = {str(index): c.calls(count) for index, (c, count) in enumerate(zip(ready, counts, strict=True))}
     samples = (cuda_timer.decode if few else cuda_timer.prefill)(calls, device)
     cold = [cuda_timer.is_cold(target, c.prepared.size_bytes(), count) for c, count in zip(ready, counts, strict=True)]
-    return [_measured(c, samples[str(index)], cold[index]) for index, c in enumerate(ready)]
+    return [_measured(c, samples[str(index)], cold[index] and not c.hot) for index, c in enumerate(ready)]
 
 
 def _copies(target: Target, total_bytes: int) -> int:
@@ -210,6 +282,7 @@ def _measured(candidate: _Candidate, samples: Samples, cold: bool) -> Row:
         cpu_ms=1e3 * sum(sample.cpu for sample in samples.all) / len(samples.all),
         load=load_average(),
         cold=cold,
+        implementation=candidate.implementation,
     )
 
 

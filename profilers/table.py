@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
 from methods.atomic import write_text
-from profilers.kernels.catalogue import CUDA_KERNELS, KERNELS
+from profilers.kernels.build import kernel_folder
+from profilers.operators import contenders
 from profilers.target import Target
 from profilers.timer import Timing
 
-SCHEMA = 2
-"""1 had no device kind, no provenance, no checks and no checksums; it is still read."""
+SCHEMA = 3
+"""1 had no device kind, no provenance, no checks and no checksums, 2 no implementations and no blocks; both are still read."""
 
 KIND = "isolatency latency table"
 
@@ -36,7 +37,7 @@ class MissingCell(KeyError):
 
 @dataclass(frozen=True, order=True)
 class KernelKey:
-    """What is timed: x (m, k) times a weight (n, k) under a format."""
+    """What is timed: x (m, k) times a weight (n, k) under a format (op `linear`), or what else a step computes (`profilers.cells`)."""
 
     op: str
     format: str
@@ -49,7 +50,8 @@ class KernelKey:
 class Row:
     """One kernel at one key. `source`: hash of the kernel's code; reason: why it was refused or failed; load: 1-minute load average.
 
-    cpu_ms: CPU time a call of the calling thread; cold: the weight was not in a cache.
+    cpu_ms: CPU time a call of the calling thread; cold: the weight was not in a cache; implementation: what the kernel really ran
+    (`profilers.implementation`), "" where nothing told.
     """
 
     kernel: str
@@ -62,17 +64,19 @@ class Row:
     cpu_ms: float = 0.0
     load: float = 0.0
     cold: bool = True
+    implementation: str = ""
 
 
 @dataclass(frozen=True)
 class Check:
-    """Something that was timed twice: the same cell in another pass (`repeat`), or the reference cell in the course of a sweep (`drift`).
+    """Something that was timed twice: the same cell in another pass (`repeat`), the reference cell in the course of a sweep (`drift`),
+    or a block of a random model (`block`): as the sum of its cells, and by the difference of two depths.
 
     first_ms, again_ms: the medians (of `drift`, first is the sweep's first); size_bytes: of the weight; clock_mhz: of the device
     then, nan where it does not tell.
     """
 
-    kind: Literal["repeat", "drift"]
+    kind: Literal["repeat", "drift", "block"]
     kernel: str
     key: KernelKey
     first_ms: float
@@ -149,6 +153,11 @@ class LatencyTable:
             table._take(path, number, _parse(path, number, line))
         return table
 
+    @property
+    def folder(self) -> Path:
+        """Where its file lies, and whoever measures for it holds the timing lock; for a table in memory, the tables of the cache."""
+        return kernel_folder().parent / "tables" if self.path is None else self.path.parent
+
     def refresh(self) -> None:
         """Takes over the rows that other runs have measured since; a table in memory has no others."""
         if self.path is not None:
@@ -185,9 +194,13 @@ class LatencyTable:
         return any(row.status == "ok" for row in self._at(key))
 
     def missing(self, keys: Iterable[KernelKey]) -> list[KernelKey]:
-        """The keys at which a kernel of this program has no row, or one of other code."""
-        known = CUDA_KERNELS if self.header.get("device") == "cuda" else KERNELS
-        return [key for key in dict.fromkeys(keys) if any(self.lacks(kernel.name, kernel.source_hash, key) for kernel in known)]
+        """The keys at which a kernel or operator of this program has no row, or one of other code."""
+        device = self.header.get("device", "cpu")
+        return [
+            key
+            for key in dict.fromkeys(keys)
+            if any(self.lacks(entry.name, entry.source_hash, key) for entry in contenders(key.op, device))
+        ]
 
     def lacks(self, kernel: str, source_hash: str, key: KernelKey) -> bool:
         """Whether a kernel has no row at a key, or one of other code."""

@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompt", default="The capital of France is", help="text to continue")
     generate.add_argument("--tokens", type=int, default=48, help="tokens to write")
     generate.add_argument("--threads", type=int, default=0, help="threads; 0: half of the machine's cores")
+    generate.add_argument("--on", default="cpu", choices=["cpu", "cuda"], help="the device of this machine that writes")
     materialize = command("materialize", _materialize, "turn a policy file into a compressed checkpoint")
     materialize.add_argument("policy", help="policy file (YAML)")
     materialize.add_argument("--out", required=True, help="folder to write")
@@ -331,7 +332,8 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     if arguments.tokens < 1:
         raise ConfigError(f"--tokens {arguments.tokens}: must be at least 1")
-    result = generate(_checkpoint(Path(arguments.checkpoint)), arguments.prompt, arguments.tokens, arguments.threads or None)
+    folder, threads = _checkpoint(Path(arguments.checkpoint)), arguments.threads or None
+    result = generate(folder, arguments.prompt, arguments.tokens, threads, arguments.on)
     if arguments.json:
         print(json.dumps(_plain(vars(result)), indent=1))
     else:

@@ -239,7 +239,8 @@ def generate_tokens(
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    n_vocab = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    embeddings = model.get_input_embeddings().weight  # type: ignore[operator]
+    n_vocab = int(embeddings.shape[0])
     rows: list[Tensor] = []
     n_steps = -(-n_sequences // batch) * (length - 1)
     done = 0
@@ -249,8 +250,8 @@ def generate_tokens(
             ids = torch.randint(0, n_vocab, (size, 1), generator=generator)
             sequence, cache = [ids], new_cache(model)
             for _ in range(length - 1):
-                out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-                ids = _nucleus(out.logits[:, -1].float(), 0.95, generator)
+                out = model(input_ids=ids.to(embeddings.device), past_key_values=cache, use_cache=True)
+                ids = _nucleus(out.logits[:, -1].float().cpu(), 0.95, generator)
                 sequence.append(ids)
                 done += 1
                 progress(done, n_steps)

@@ -148,9 +148,11 @@ class Evaluator:
         """Quality of another model object (real kernels) against the dense reference on the first sequences."""
         self._need_dense(n_sequences)
         result = []
+        device = other.get_input_embeddings().weight.device  # type: ignore[operator]
         for index in range(n_sequences):
             with torch.inference_mode():
-                logits = other(input_ids=self.tokens[index : index + 1], use_cache=False).logits[0].float()
+                ids = self.tokens[index : index + 1].to(device)
+                logits = other(input_ids=ids, use_cache=False).logits[0].float().to(self.tokens.device)
             result.append(self._compare(index, lambda part, logits=logits: logits[part]))  # type: ignore[misc]
         return self._quality(result)
 

@@ -10,7 +10,7 @@ from typing import Any
 from methods.method import Edit
 from methods.policy import Policy
 from profilers import end_to_end
-from profilers.kernels.catalogue import KERNELS
+from profilers.kernels.catalogue import kernels
 from profilers.label import Label
 from profilers.table import LatencyTable
 from profilers.workload import Workload
@@ -128,10 +128,10 @@ def measure(
     """
     if edits is not None or not session.target.present:
         return _measured(session, prepared, table, ranked, edits or session.edits)
-    kernels = [kernel.source_hash for kernel in KERNELS]
+    sources = [kernel.source_hash for kernel in kernels(session.target)]
     asked = [(item.name, item.simple, item.policy.key()) for item in ranked]
     about = study_key(session.config), session.target.fingerprint, session.config.objectives.text
-    key = content_key(*about, kernels, prepared.latency, asked)
+    key = content_key(*about, sources, prepared.latency, asked)
     kept = session.steps.get(f"measured-{key}", key)
     if kept is not None:
         return [Finalist.from_json(item) for item in kept]

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from methods import checkpoint, policy_file
 from methods.catalogue import model_method
 from methods.formats.numerics import payload_bits
 from methods.formats.sides import plain
-from methods.kv.cache import new_cache
 from methods.kv.format import CacheFormat
 from methods.method import Edit
 from methods.model.structure import Structure
 from methods.policy import Policy
 from methods.recipes.cache import CacheMethod
+from profilers.campaign import local
+from profilers.cuda_timer import CudaDevice, Device, captured
 from profilers.kernels.catalogue import supported
+from profilers.kv_cache import new_cache
 from profilers.runtime import KernelLinear, Runtime
+from profilers.steps import FixedStep
 from profilers.sweep import torch_threads
 from profilers.table import LatencyTable
-from profilers.target import Target, local_cpu
+from profilers.target import Target
 from search.config import ConfigError, RunConfig, default_cache
 from search.finalists import Judge
 from search.in_order import compress_in_order, ordered_bank, stored
@@ -49,16 +53,16 @@ class Generated:
     simulated: Mapping[str, Sequence[str]]
 
 
-def generate(folder: Path, prompt: str, n_tokens: int, threads: int | None) -> Generated:
+def generate(folder: Path, prompt: str, n_tokens: int, threads: int | None, on: str = "cpu") -> Generated:
     """Greedy continuation by a compressed checkpoint on this machine's kernels.
 
-    Raises `CorruptCheckpoint` where the folder is none, ValueError for an empty prompt.
+    on: `cpu` or `cuda`. Raises `CorruptCheckpoint` where the folder is none, ValueError for an empty prompt or a device that is not here.
     """
+    target = local(on, threads)
     loaded = checkpoint.load_dense(folder)
     if loaded.tokenizer is None:
         raise ConfigError(f"{folder}: the model has no tokenizer, so it reads no prompt; add tokenizer.json to the folder")
     held = checkpoint.read(folder)
-    target = local_cpu(threads)
     table = LatencyTable.open(default_cache() / "tables", target)
     simulated = simulated_sites(loaded.structure, held.edits, target)
     dense = {site for sites in simulated.values() for site in sites}
@@ -68,21 +72,54 @@ def generate(folder: Path, prompt: str, n_tokens: int, threads: int | None) -> G
     ids = loaded.tokenizer(prompt, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise ValueError("--prompt: empty; give some text to continue")
-    found, seconds = [], []
     fmt = cache_format(policy_file.parse(held.policy_text, loaded.structure).policy, loaded.structure)
+    found, seconds = [], []
     with torch.inference_mode(), torch_threads(target.threads):
-        cache, step = new_cache(model, fmt) if fmt else None, ids
-        for _ in range(n_tokens):
-            began = time.perf_counter()
-            out = model(input_ids=step, past_key_values=cache, use_cache=True)
-            cache, step = out.past_key_values, out.logits[:, -1:].argmax(-1)
-            seconds.append(time.perf_counter() - began)
-            found.append(int(step))
-            if found[-1] == loaded.tokenizer.eos_token_id:
+        began = time.perf_counter()
+        for token in continued(model, ids.to(target.device), n_tokens, fmt, cuda_device(target)):
+            now = time.perf_counter()
+            seconds.append(now - began)
+            found.append(token)
+            began = now
+            if token == loaded.tokenizer.eos_token_id:
                 break
     text = loaded.tokenizer.decode(found, skip_special_tokens=True)
     later = sorted(seconds[1:]) or seconds
     return Generated(text, len(found), later[len(later) // 2] * 1e3, _kernels(model), simulated)
+
+
+def cuda_device(target: Target) -> Device | None:
+    """What captures graphs on the target, None on a CPU."""
+    return CudaDevice(target) if target.device == "cuda" else None
+
+
+def continued(
+    model: Any, ids: Tensor, n_tokens: int, fmt: CacheFormat | None = None, device: Device | None = None
+) -> Iterator[int]:
+    """Greedy tokens behind a prompt (1, tokens), each as soon as it is there; run in inference mode.
+
+    fmt: of the key/value cache; device: what captures the decode step in a graph, which is replayed for every token (a cache in another
+    format than the model's own grows, and its steps are launched one by one).
+    """
+    if device is not None and fmt is None:
+        yield from _replayed(model, ids, n_tokens, device)
+        return
+    cache, step = new_cache(model, fmt), ids
+    for _ in range(n_tokens):
+        out = model(input_ids=step, past_key_values=cache, use_cache=True)
+        cache, step = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        yield int(step)
+
+
+def _replayed(model: Any, ids: Tensor, n_tokens: int, device: Device) -> Iterator[int]:
+    step = FixedStep(model, ids, ids.shape[1] + n_tokens)
+    yield int(step.token)
+    if n_tokens > 1:
+        run, _, _ = captured(step, device)
+        for _ in range(n_tokens - 1):
+            run()
+            step.advance()
+            yield int(step.token)
 
 
 def simulated_sites(structure: Structure, edits: Mapping[str, Edit], target: Target) -> dict[str, list[str]]:

@@ -46,7 +46,7 @@ _NORMED = Site("a site behind a norm", "qkv", 0, (LayerSpec("q", "q", 0, 768, 76
 
 def has_kernel(fmt: Format) -> bool:
     """Whether this project's kernels run the format, at shapes that they take."""
-    return bool(fmt.dense) or fmt.plain
+    return bool(fmt.dense) or fmt.plain or fmt.looked_up
 
 
 def rows(names: Iterable[str] = (*METHODS, *MODEL_METHODS)) -> list[dict[str, Any]]:
@@ -210,8 +210,9 @@ def refusals(recipe: Recipe) -> dict[str, str]:
 
 
 _LEGEND = (
-    "int kernels: integer grids of 2, 3, 4 or 8 bits, inputs in 16 or 8 bits, run on kernels of their own; every other format, and what is "
-    "simulated, runs decoded: its quality is true and it has no latency. `search methods NAME` shows one method."
+    "int kernels: integer grids of 2, 3, 4 or 8 bits and tables of at most 16 levels, inputs in 16 or 8 bits, run on kernels of their own; "
+    "every other format, and what is simulated, runs decoded: its quality is true and it has no latency. `search methods NAME` shows one "
+    "method."
 )
 
 

@@ -14,7 +14,7 @@ from predictors import absent
 from predictors.assumed import AssumedMap
 from predictors.latency import Run, fit_latency, unit_slope
 from profilers import end_to_end, roofline
-from profilers.cells import model_key, site_cells
+from profilers.cells import site_cells
 from profilers.datasheets import DATASHEETS
 from profilers.label import Label, weakest
 from profilers.runtime import dense_candidates
@@ -52,8 +52,7 @@ def price(session: Session) -> LatencyTable:
     """The device's latency table with every cell of the space: measured here, or of a target that is not here, whatever is known."""
     keys = table_keys(session)
     if not session.target.present:
-        models = [model_key(session.loaded.structure, workload) for workload in session.config.workloads]
-        return session.elsewhere.table([*keys, *models])
+        return session.elsewhere.table(keys)
     table = LatencyTable.open(session.config.cache_folder / "tables", session.target)
     missing = table.missing(keys)
     if missing:
@@ -246,7 +245,7 @@ def assume_map(session: Session, table: LatencyTable, sites: Sequence[SiteOption
         for item in site_cells(site, session.dense_format, workload.tokens_in_flight, session.experts_per_token)
     ]
     kernels = absent.summed([(table.best(key)[1], count) for key, count in cells])
-    rest = _rest(session, table, workload, kernels)
+    rest = _rest(session, workload)
     map_ = AssumedMap(
         b0=rest.median_ms,
         b0_lo=rest.lo_ms,
@@ -267,19 +266,18 @@ def assume_map(session: Session, table: LatencyTable, sites: Sequence[SiteOption
     }
 
 
-def _rest(session: Session, table: LatencyTable, workload: Workload, kernels: Timing) -> Timing:
+def _rest(session: Session, workload: Workload) -> Timing:
     """A dense step less its sites' kernels."""
     structure, target = session.loaded.structure, session.target
-    key = model_key(structure, workload)
-    if table.has(key):
-        whole = table.best(key)[1]
-        parts = (max(ms - kernels.median_ms, 0.0) for ms in (whole.median_ms, whole.lo_ms, whole.hi_ms))
-        median, low, high = parts
-        return replace(whole, median_ms=median, lo_ms=low, hi_ms=high)
+    found = absent.rest_of_step(session.elsewhere, structure, workload, target.compute_dtype, session.experts_per_token)
+    if found is not None:
+        return found
     if target.sheet in DATASHEETS:
         return roofline.rest(DATASHEETS[target.sheet], structure, workload)
+    runs = ", ".join(run.name for run in session.elsewhere.runs(structure, workload))
+    beyond = f" ({runs} is there, but attention and the other operators were not timed as far as this)" if runs else ""
     raise ConfigError(
-        f"--target {target.name}: its table has the kernels but no run of this model in {workload.name}; measure there with "
+        f"--target {target.name}: its table has the kernels but no run of this model in {workload.name}{beyond}; measure there with "
         f"`search profile --model … --workload {workload.name}`"
     )
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from profilers import end_to_end, stored
 from profilers.campaign import local, provenance, sweep
-from profilers.cells import model_key
+from profilers.cells import model_key, widths_of
 from profilers.checks import problems
-from profilers.plan import DECODE_ROWS, FORMATS, PREFILL_ROWS, cells, log_uniform, model_cells, read_shapes
+from profilers.plan import DECODE_ROWS, FORMATS, PREFILL_ROWS, cells, log_uniform, model_cells, operators, read_shapes
 from profilers.runtime import dense_candidates
 from profilers.table import KernelKey, LatencyTable, Row
 from profilers.target import Target
@@ -60,7 +60,7 @@ def profile(
     progress.say(f"measuring {len(table.missing(keys))} of {len(keys)} cells on {target.description}; table {table.path}")
     with progress.bar("latency table") as update:
         left = sweep(target, keys, table, budget_s=budget_s, progress=update, notify=progress.say, lock_folder=folder)
-    if session is not None and target.device == "cpu":
+    if session is not None:
         _whole_models(session, target, table, config.workloads)
     how = provenance(target, sys.argv)
     table.describe(how)
@@ -87,6 +87,7 @@ def _keys(session: Session | None, config: RunConfig, target: Target, shapes: st
     if session is not None:
         rows = dict.fromkeys([*(workload.tokens_in_flight for workload in config.workloads), *DECODE_ROWS, *PREFILL_ROWS])
         found += model_cells(session.stored.structure, formats, list(rows), session.experts_per_token)
+        found += operators([widths_of(session.stored.structure)], target.compute_dtype, config.workloads)
     listed = read_shapes(Path(shapes)) if shapes else []
     return list(dict.fromkeys([*found, *cells([*listed, *(log_uniform(plan) if plan else [])], formats)]))
 

@@ -18,7 +18,7 @@ from search.config import RunConfig
 from search.export.registry import EXPORTERS
 from search.method_list import has_kernel, rows
 from search.report.table import markdown
-from spaces.runtimes import DEFAULT_FORMATS
+from spaces.runtimes import DEFAULT_FORMATS, PREFILL_FORMATS
 
 _HEAD = """# Reference
 
@@ -53,7 +53,10 @@ def text() -> str:
         markdown("codec of scales | bits a scale | scale of scales", codecs),
         markdown("format | stored bits | inputs | kernel", (_format(name, fmt) for name, fmt in NAMED.items())),
         "## Runtimes\n\nTried where `--formats` is not given, by `--runtime`:",
-        markdown("runtime | formats", ((f"`{name}`", ", ".join(formats)) for name, formats in DEFAULT_FORMATS.items())),
+        markdown(
+            "runtime | formats | besides, for prefill",
+            ((f"`{name}`", ", ".join(own), ", ".join(PREFILL_FORMATS.get(name, ()))) for name, own in DEFAULT_FORMATS.items()),
+        ),
         f"What each loads, as `search runtimes` says it:\n\n```text\n{runtime_list.listing()}\n```",
         "## Export formats",
         markdown("format | what it writes", ((f"`{name}`", _summary(module)) for name, module in EXPORTERS.items())),

@@ -87,18 +87,13 @@ def run_study(
 
 
 def _check_target(config: RunConfig) -> None:
-    """Raises ConfigError or TargetError, before anything is written, where the target cannot be searched for."""
+    """Raises TargetError, before anything is written, where the target cannot be searched for."""
     if config.target == "cpu":
         return
     from profilers.resolution import resolve as resolve_target
 
     folders = device_folders(config.devices)
-    target = resolve_target(config.target, folders, config.threads or None, allow_modelled=config.allow_modelled)
-    if target.present and target.device == "cuda":
-        raise ConfigError(
-            f"--target {config.target}: whole models do not run on CUDA here yet; `search profile --target {config.target} --out FILE` "
-            f"measures its kernels, and a search on another machine takes FILE's folder as --devices"
-        )
+    resolve_target(config.target, folders, config.threads or None, allow_modelled=config.allow_modelled)
 
 
 def _session(config: RunConfig, progress: Progress) -> Session:

@@ -32,7 +32,7 @@ from search.evaluate import Switch
 from search.files import Steps, content_key, kept_tensors
 from search.progress import Progress
 from search.transform import transformed
-from spaces.runtimes import DEFAULT_FORMATS, runtime
+from spaces.runtimes import default_formats, runtime
 from spaces.space import Space, build
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ class Session:
     def space(self) -> Space:
         """The legal choices of every site."""
         engine = runtime(self.config.runtime)
-        formats = self.config.formats or DEFAULT_FORMATS[self.config.runtime]
+        formats = self.config.formats or default_formats(self.config.runtime, [load.phase for load in self.config.workloads])
 
         def kernels(fmt: Format, site: Site) -> str | None:
             cell = self.cell(site, fmt)

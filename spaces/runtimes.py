@@ -6,7 +6,7 @@ everywhere, because a `Site` is what these runtimes fuse.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -86,9 +86,10 @@ class Runtime:
     architectures: tuple[str, ...] = ()
 
     def supports(self, fmt: Format, site: Site) -> str | None:
-        """Why the runtime cannot run the format at the site, or None. Dense formats always run."""
+        """Why the runtime cannot run the format at the site, or None. Dense dtypes always run, with zeros or of low rank here alone."""
         if fmt.dense:
-            return None
+            foreign = fmt.thinned and self.loads is not None
+            return f"{self.name} gets {fmt.dense} weights whole, not as {fmt.name}" if foreign else None
         if not fmt.divides(site.d_in):
             return f"group {fmt.unit} does not divide {site.d_in} inputs"
         if not self.experts and site.kind.startswith("expert"):
@@ -182,6 +183,16 @@ DEFAULT_FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """The formats tried where none are named; the dense one is always tried. Those of llama.cpp are Q8_0, Q4_1 and Q4_0 as kernels of this
 project compute them; its other types (`q4_k`, …) are exported too, but nothing here measures them, so that no search chooses them."""
+
+PREFILL_FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType({"isolatency": ("w8a8-token",)})
+"""What is tried besides where a prompt's latency counts: with one scale a token and one a channel, integer products of many rows run at
+full speed; with group scales they do not."""
+
+
+def default_formats(name: str, phases: Iterable[str]) -> tuple[str, ...]:
+    """The formats tried for a runtime where none are named; phases: `decode`, `prefill`, of the workloads that count."""
+    more = PREFILL_FORMATS.get(name, ()) if "prefill" in phases else ()
+    return (*DEFAULT_FORMATS[name], *more)
 
 
 def runtime(name: str) -> Runtime:

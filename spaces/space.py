@@ -94,7 +94,7 @@ def build(
         raise ValueError(
             f"{structure.architecture} has experts, and such models are not exported to {runtime.name}; use isolatency"
         )
-    wanted = [fmt for fmt in (parse_format(name) for name in dict.fromkeys(formats)) if not fmt.dense]
+    wanted = [fmt for fmt in (parse_format(name) for name in dict.fromkeys(formats)) if not fmt.dense or fmt.thinned]
     choices: dict[str, tuple[Choice, ...]] = {}
     dropped: dict[str, Mapping[str, str]] = {}
     replaced: dict[str, list[str]] = {}

@@ -29,6 +29,9 @@ MINIFLOATS = ("e2m1", "e2m3", "e3m2", "e4m3", "e5m2")
 OWN_LEVELS = ("bcq", "lut")
 """Elements whose levels are parts of the payload, a set a group."""
 
+LOOKED_UP = ("nf", "nl", "e2m1", "tern")
+"""Elements with a fixed table of levels, at most 16, which kernels look up."""
+
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from methods.formats.codecs import CODECS, ROW, TENSOR, WIDTHS, Codec
-from methods.formats.elements import BITS, MINIFLOATS, OWN_LEVELS, levels
+from methods.formats.elements import BITS, LOOKED_UP, MINIFLOATS, OWN_LEVELS, levels
 
 DENSE_DTYPES = ("fp32", "bf16", "fp16")
 ACT_BITS = (4, 6, 8, 16)
@@ -17,11 +17,12 @@ _NAME = re.compile(
     r"(?P<weight>e\dm\d|[a-z]+?(?P<bits>\d+))a(?P<act>\d+|e\dm\d)(?P<share>-token|-tensor|-super)?"
     rf"(?:-g(?P<group>\d+)|-b(?P<rows>\d+)x(?P<cols>\d+)|(?P<whole>-whole))?(?:-(?P<codec>{'|'.join(CODECS)}))?(?P<asym>-asym)?"
 )
+_DENSE = re.compile(rf"(?P<dense>{'|'.join(DENSE_DTYPES)})(?:-s(?P<zeros>\d+)|-r(?P<rank>\d+))?")
 _LATTICE = re.compile(r"iq[123]_\w+")
 GRAMMAR = (
     "<element>a<act>[-token|-tensor|-super][-g<group>|-b<rows>x<group>|-whole][-<codec>][-asym] with the elements "
     "w2…w8, e4m3, e5m2, e3m2, e2m3, e2m1, nf3, nf4, nl4, tern2, bin1, bcq1…bcq4, lut2…lut4, the activations 16, 8, 6, 4 or a minifloat "
-    f"and the scale codecs {', '.join(CODECS)}, e.g. w4a8-g64"
+    f"and the scale codecs {', '.join(CODECS)}, e.g. w4a8-g64; or <dtype>[-s<per cent of zeros>|-r<rank>], e.g. bf16-s90, bf16-r64"
 )
 
 
@@ -37,6 +38,8 @@ class Format:
     act_bits: 16 leaves activations alone; fewer round them, by default dynamically and symmetrically.
     act_group: inputs that share an activation scale; -1 is all of them. act_rows: 1, a scale a token, or -1, one for all tokens at
     hand. act_element: `int` or a minifloat.
+    zeros: of a dense dtype, the per cent of its weights, at least, that are zero, wherever they lie. rank: of a dense dtype, that of a
+    weight which is kept as the product of two factors; 0 is one matrix.
     """
 
     bits: int
@@ -50,11 +53,12 @@ class Format:
     codec: str = "bf16"
     act_element: str = "int"
     act_rows: int = 1
+    zeros: int = 0
+    rank: int = 0
 
     def __post_init__(self) -> None:
+        _check_thinned(self)
         if self.dense:
-            if self.dense not in DENSE_DTYPES:
-                raise ValueError(f"format: dense={self.dense!r}; use one of {DENSE_DTYPES}")
             return
         _check_element(self)
         _check_layout(self)
@@ -62,11 +66,13 @@ class Format:
 
     @property
     def name(self) -> str:
-        """`bf16`, `w4a8-g64`, `w8a8-token`, `w4a16-g32-asym`, `nvfp4a16`, `q4_k`, …; `parse_format` reads it back.
+        """`bf16`, `w4a8-g64`, `w8a8-token`, `w4a16-g32-asym`, `nvfp4a16`, `q4_k`, `bf16-s90`, …; `parse_format` reads it back.
 
         `w4a8-g64` rounds activations per token and group of 64; `w4a8-token-g64` per token; `w8a8-tensor` all tokens alike.
         """
-        return self.dense or _NAME_OF.get(self) or _written(self)
+        if self.dense:
+            return f"{self.dense}{f'-s{self.zeros}' if self.zeros else ''}{f'-r{self.rank}' if self.rank else ''}"
+        return _NAME_OF.get(self) or _written(self)
 
     @property
     def levels(self) -> int:
@@ -100,9 +106,28 @@ class Format:
         )
 
     @property
+    def looked_up(self) -> bool:
+        """Whether codes are places in a fixed table of at most 16 levels, by row, with inputs as in `plain`: what our look-up kernels know.
+
+        Scales are bf16 numbers; where they are stored as powers of two, those of the inputs would be as well, so that these are left alone.
+        """
+        rounded = (self.act_bits, self.act_element, self.act_rows, self.codec) == (8, "int", 1, "bf16")
+        table = self.element in LOOKED_UP and self.bits in (2, 3, 4)
+        return (
+            not self.dense and table and self.rows == 1 and self.codec in ("bf16", "e8m0") and (self.act_bits == 16 or rounded)
+        )
+
+    @property
+    def thinned(self) -> bool:
+        """Whether it is a dense dtype of fewer numbers than the weight has places: with zeros, or of low rank."""
+        return bool(self.zeros or self.rank)
+
+    @property
     def by_rows(self) -> bool:
         """Whether rows are stored apart, so that weights can be fitted and kept one below the other."""
-        return self.dense != "" or (self.rows == 1 and self.scales.span != TENSOR and not self.scales.mean)
+        if self.dense:
+            return not self.rank
+        return self.rows == 1 and self.scales.span != TENSOR and not self.scales.mean
 
     @property
     def scales(self) -> Codec:
@@ -155,9 +180,12 @@ class Format:
         return 1 if self.rows == -1 else -(-d_out // self.rows)
 
     def overhead_bits(self, d_out: int, d_in: int) -> int:
-        """Bits that a weight's scales, offsets and levels take, of every level of storage."""
+        """Bits that a weight's scales, offsets and levels take, of every level of storage; of zeros, what tells where the others are.
+
+        That is, as the `csr` kernel has it, 16 bits for the column of each and 32 for where a row begins.
+        """
         if self.dense:
-            return 0
+            return 16 * self.kept(d_out, d_in) + 32 * (d_out + 1) if self.zeros else 0
         n_blocks, n_groups = self.blocks(d_out), self.groups(d_in)
         sets = n_blocks * n_groups
         offset = 0 if self.symmetric else 1
@@ -173,16 +201,34 @@ class Format:
 
         d_out: the number of outputs matters where they share scales; None is a weight of very many.
         """
-        if self.dense:
-            return float(self.bits)
-        n_rows = d_out or (1 if self.by_rows else 2**30)
-        return self.bits + self.overhead_bits(n_rows, d_in) / (n_rows * d_in)
+        n_rows = d_out or (1 if self.by_rows and not self.zeros else 2**30)
+        places = n_rows * d_in
+        return self.bits * (self.kept(n_rows, d_in) / places) + self.overhead_bits(n_rows, d_in) / places
+
+    def kept(self, d_out: int, d_in: int) -> int:
+        """Numbers stored for the weights themselves: those of both factors, or as many as may be other than zero."""
+        if self.rank:
+            return self.rank * (d_out + d_in)
+        return d_out * d_in * (100 - self.zeros) // 100
 
 
 def _second_level(codec: Codec, n_blocks: int, n_groups: int, d_in: int) -> int:
     if codec.mean:
         return -(-n_blocks * n_groups // codec.span) + 1
     return {ROW: n_blocks, TENSOR: 1}.get(codec.span) or n_blocks * d_in // codec.span
+
+
+def _check_thinned(fmt: Format) -> None:
+    if fmt.dense and fmt.dense not in DENSE_DTYPES:
+        raise ValueError(f"format: dense={fmt.dense!r}; use one of {DENSE_DTYPES}")
+    if not fmt.dense and fmt.thinned:
+        raise ValueError(
+            f"format: zeros={fmt.zeros}, rank={fmt.rank} with a grid; only {', '.join(DENSE_DTYPES)} have zeros or a rank"
+        )
+    if fmt.zeros and fmt.rank:
+        raise ValueError(f"format: zeros={fmt.zeros} with rank={fmt.rank}; use one of them")
+    if not 0 <= fmt.zeros < 100 or fmt.rank < 0:
+        raise ValueError(f"format: zeros={fmt.zeros}, rank={fmt.rank}; use 1 to 99 per cent, or a rank above 0")
 
 
 def _check_element(fmt: Format) -> None:
@@ -244,10 +290,10 @@ def _written(fmt: Format) -> str:
 
 def parse_format(name: str) -> Format:
     """The format of a name; raises ValueError with the grammar on anything else."""
-    if name in DENSE_DTYPES:
-        return Format(bits=32 if name == "fp32" else 16, dense=name)
     if name in NAMED:
         return NAMED[name]
+    if dense := _DENSE.fullmatch(name):
+        return _spelled(_read_dense(dense), name)
     if _LATTICE.fullmatch(name):
         raise ValueError(
             f"format {name!r}: its codes are points of a lattice, one for eight weights, which no format here has; use q2_k, q3_k or iq4_xs"
@@ -255,10 +301,18 @@ def parse_format(name: str) -> Format:
     match = _NAME.fullmatch(name)
     if not match or (match["share"] and match["act"] == "16"):
         raise ValueError(f"unknown format {name!r}; write {', '.join(DENSE_DTYPES)}, one of {', '.join(NAMED)}, or {GRAMMAR}")
-    result = _read(match)
-    if result.name != name:
-        raise ValueError(f"format {name!r} is written {result.name!r}")
-    return result
+    return _spelled(_read(match), name)
+
+
+def _spelled(fmt: Format, name: str) -> Format:
+    if fmt.name != name:
+        raise ValueError(f"format {name!r} is written {fmt.name!r}")
+    return fmt
+
+
+def _read_dense(match: re.Match[str]) -> Format:
+    dense = match["dense"]
+    return Format(32 if dense == "fp32" else 16, dense=dense, zeros=int(match["zeros"] or 0), rank=int(match["rank"] or 0))
 
 
 def _read(match: re.Match[str]) -> Format:

@@ -39,7 +39,7 @@ def block_type(fmt: Format) -> str | None:
     fit fp16, which only the weight can show (`methods.formats.gguf_blocks.pack_blocks`). Activation rules are not compared.
     """
     if fmt.dense:
-        return DENSE_TYPES[fmt.dense]
+        return None if fmt.thinned else DENSE_TYPES[fmt.dense]
     for name, own in TYPES.items():
         if _code(own) == _code(fmt):
             return name

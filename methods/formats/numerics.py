@@ -26,7 +26,8 @@ with one shift."""
 class Compressed:
     """A weight under a format: `decode(format, payload)` equals `dense` bit for bit.
 
-    dense: (d_out, d_in) fp32. payload: `weight` (dense formats), or the parts of a grid:
+    dense: (d_out, d_in) fp32. payload: `weight` (d_out, d_in) of dense formats, of low rank `down` (rank, d_in) and `up` (d_out, rank)
+    instead; or the parts of a grid:
     `codes` (d_out, d_in) uint8, and `scale` (d_out, n_groups) and, if asymmetric, `offset` of the same shape in bf16 or as the format's
     codec stores them (`methods.formats.scales`), or `levels` (n_blocks, n_groups, n) of look-up tables, or `alpha` (d_out, n_groups, q)
     of binary codes. Parts with a dot in their name stand beside the grid (`methods.formats.sides`).
@@ -44,9 +45,20 @@ class Compressed:
 
 def decode(fmt: Format, payload: Mapping[str, Tensor]) -> Tensor:
     """The weight (d_out, d_in) fp32 that a payload stands for: what its grid decodes to, with what stands beside it."""
+    if fmt.rank:
+        # Summed in float64 and rounded once, so that neither the order of the sum nor the place in memory shows.
+        return (payload["up"].double().contiguous() @ payload["down"].double().contiguous()).float()
     if fmt.dense:
         return payload["weight"].float()
     return with_sides(decode_grid(fmt, payload), payload)
+
+
+def shape_of(fmt: Format, payload: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(d_out, d_in) of the weight that a payload stands for."""
+    if fmt.rank:
+        return payload["up"].shape[0], payload["down"].shape[1]
+    d_out, d_in = payload["weight" if fmt.dense else "codes"].shape
+    return d_out, d_in
 
 
 def decode_grid(fmt: Format, payload: Mapping[str, Tensor]) -> Tensor:

@@ -32,11 +32,15 @@ def new_cache(model: Any, fmt: CacheFormat, calibration: Calibration | None = No
     def layer(index: int, made: Any) -> Any:
         fixed = calibration.layers[index] if calibration else {}
         rotary = calibration.rotaries[index] if calibration else None
-        keys = Store(_key_codec(fmt, fixed, rotary), fmt.window, fmt.key_block, fmt.sinks)
-        values = Store(_value_codec(fmt, fixed), fmt.window, 1, fmt.sinks)
-        return packed_layer(keys, values, _window(index, made))
+        return packed_layer(*stores(fmt, fixed, rotary), _window(index, made))
 
     return with_layers(model, layer)
+
+
+def stores(fmt: CacheFormat, fixed: Mapping[str, Tensor], rotary: Rotary | None = None) -> tuple[Store, Store]:
+    """One layer's empty stores, of keys and of values. fixed: its calibrated constants, empty for formats that need none."""
+    keys = Store(_key_codec(fmt, fixed, rotary), fmt.window, fmt.key_block, fmt.sinks)
+    return keys, Store(_value_codec(fmt, fixed), fmt.window, 1, fmt.sinks)
 
 
 def with_layers(model: Any, layer: Callable[[int, Any], Any]) -> Any:

@@ -44,7 +44,7 @@ class _Packed:
         """The past as it is stored with the new tokens (b, h, t, d) in full precision behind it; these are stored afterwards."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        seen = _behind(self.packed_keys, key_states), _behind(self.packed_values, value_states)
+        seen = behind(self.packed_keys, key_states), behind(self.packed_values, value_states)
         self.packed_keys = self.packed_keys.append(key_states)
         self.packed_values = self.packed_values.append(value_states)
         return seen
@@ -134,6 +134,7 @@ def _classes() -> tuple[type[Any], type[Any]]:
     return full, type("PackedSlidingLayer", (_PackedSliding, DynamicSlidingWindowLayer), {})
 
 
-def _behind(store: Store, new: Tensor) -> Tensor:
+def behind(store: Store, new: Tensor) -> Tensor:
+    """New tokens (b, h, t, d) behind all that a store holds, as attention sees them."""
     past = store.read()
     return new if past is None else torch.cat((past, new), 2)

@@ -212,7 +212,7 @@ class Recipe:
         if self.stage is not Stage.QUANTIZE:
             return None
         fmt = parse_format(str(resolved["format"]))
-        reason = self.formats(fmt)
+        reason = f"no method makes {fmt.name} weights yet; its kernels can be timed" if fmt.thinned else self.formats(fmt)
         if not reason and not fmt.dense:
             reason = PART_FORMATS.get(str(resolved.get("fitter", self.fitter)), any_format)(fmt)
         if not reason and fmt.dense and len(knobs) > 1:

@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -19,13 +20,20 @@ from methods.atomic import sha256, staging_folder, write_text
 
 Isa = Literal["native", "avx2", "portable"]
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("grouped.cpp", "attention.cpp", "norm.cpp", "vectors.h"))
+_NAMES = (
+    *("grouped.cpp", "lookup.cpp", "csr.cpp", "lowrank.cpp", "attention.cpp", "prompt.cpp", "norm.cpp"),
+    *("panels.h", "attention.h", "vectors.h"),
+)
+SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 _MACHINE: dict[Isa, tuple[str, ...]] = {
     "native": ("-O3", "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"),
     "avx2": ("-O1", "-march=x86-64-v3"),
     "portable": ("-O1", "-DISOLATENCY_PORTABLE"),
 }
 """Only `native` is for speed; the others prove that the same source is right on other machines, and compile in seconds."""
+
+_ISA_NAMES = {3: "AVX512-VNNI and BF16", 2: "AVX512-VNNI", 1: "AVX2", 0: "portable C++"}
+"""By what `isolatency_isa` of grouped.cpp returns."""
 
 
 class NoCompiler(RuntimeError):
@@ -65,6 +73,11 @@ def library(isa: Isa = "native") -> ctypes.CDLL:
     raise NoCompiler(f"{cxx} could not build the kernels: {problem.splitlines()[0] if problem else 'no message'}")
 
 
+def compiled_for() -> str:
+    """The instructions that the native library uses, in words; raises NoCompiler."""
+    return _ISA_NAMES[int(library().isolatency_isa())]
+
+
 def _built(cxx: str, compile_flags: tuple[str, ...], link_flags: tuple[str, ...]) -> Path:
     flags = ("-std=c++17", "-fPIC", "-Wno-psabi", *compile_flags)
     stamp = (
@@ -76,11 +89,11 @@ def _built(cxx: str, compile_flags: tuple[str, ...], link_flags: tuple[str, ...]
     if _whole(path):
         return path
     with staging_folder(path) as made:
-        objects = [str(made / f"{source.stem}.o") for source in SOURCES if source.suffix == ".cpp"]
-        for source, compiled in zip(SOURCES, objects, strict=False):
-            _call(cxx, *flags, "-c", str(source), "-o", compiled)
+        objects = {str(source): str(made / f"{source.stem}.o") for source in SOURCES if source.suffix == ".cpp"}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda pair: _call(cxx, *flags, "-c", pair[0], "-o", pair[1]), objects.items()))
         undefined = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
-        _call(cxx, "-shared", *undefined, *objects, "-o", str(made / "kernels.so"), *link_flags)
+        _call(cxx, "-shared", *undefined, *objects.values(), "-o", str(made / "kernels.so"), *link_flags)
         write_text(_checksum(path), sha256(made / "kernels.so"))
         (made / "kernels.so").replace(path)
     return path

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from methods.formats.format import Format
 from profilers.kernels.aten_packed import Int4Pack, Int8Pack
+from profilers.kernels.bitsandbytes_nf4 import BitsAndBytes
+from profilers.kernels.csr import Csr
 from profilers.kernels.decoded import Decoded
 from profilers.kernels.dense import Dense
 from profilers.kernels.fp8 import Fp8
+from profilers.kernels.gemlite_grouped import GemLite
 from profilers.kernels.grouped import Grouped
 from profilers.kernels.int8_token import Int8Token
 from profilers.kernels.kernel import LinearKernel
+from profilers.kernels.lookup import LookUp
+from profilers.kernels.low_rank import LowRank, LowRankFused
 from profilers.kernels.tinygemm import Tinygemm
 from profilers.kernels.triton_grouped import TritonGrouped
 from profilers.kernels.triton_int8 import TritonInt8
@@ -19,10 +24,15 @@ KERNELS: tuple[LinearKernel, ...] = (
     Dense(prepacked=True),
     Dense(),
     Grouped(),
+    LookUp(),
     Decoded(),
     Int8Token(),
     Int8Pack(),
     Int4Pack(),
+    Csr(),
+    LowRank(),
+    LowRankFused(),
+    BitsAndBytes(),
 )
 """Those of CPUs, in order of preference where nothing was measured."""
 
@@ -34,6 +44,8 @@ CUDA_KERNELS: tuple[LinearKernel, ...] = (
     Fp8(),
     Tinygemm(),
     Int8Pack(),
+    GemLite(),
+    BitsAndBytes(),
 )
 """Those of CUDA devices, in the same order."""
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from methods.atomic import write_text
 from methods.formats.format import Format, parse_format
+from methods.formats.numerics import shape_of
 from methods.quant.minmax import minmax
 from methods.quant.nearest import nearest
 from profilers.kernels import gate
@@ -66,7 +67,7 @@ def payload_of(fmt: Format, n: int, k: int, seed: int = 0) -> dict[str, Tensor]:
 
 def check_cell(kernel: LinearKernel, fmt: Format, payload: Payload, target: Target, m: int) -> Cell:
     """The gate for one kernel; what torch or Triton raise where they cannot run is told, not raised."""
-    n, k = (payload["weight"] if fmt.dense else payload["codes"]).shape
+    n, k = shape_of(fmt, payload)
     reason = kernel.supports(fmt, n, k, m, target)
     status: Status = "unsupported"
     if reason is None:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from methods.formats.format import Format
 from profilers.kernels.build import SOURCES, Isa
-from profilers.kernels.grouped import Grouped, PackedLinear, bind, refuses_shape
+from profilers.kernels.grouped import Grouped, PackedLinear, bind
 from profilers.kernels.kernel import Payload, Prepared, hash_of
+from profilers.kernels.lookup import LookUp
 from profilers.target import Target
 
 MIN_ROWS = 16
@@ -67,7 +68,7 @@ class DecodedLinear:
 
 @dataclass(frozen=True)
 class Decoded:
-    """`decoded`: shares its packed weight with `grouped`."""
+    """`decoded`: shares its packed weight with `grouped`, and of looked-up formats with `look-up`."""
 
     isa: Isa = "native"
 
@@ -85,7 +86,7 @@ class Decoded:
         """See `LinearKernel`."""
         if m < MIN_ROWS:
             return f"m={m}: decoding pays from {MIN_ROWS} rows"
-        return refuses_shape(fmt, k, self.isa)
+        return self._packing(fmt).supports(fmt, n, k, m, target)
 
     def prepare(
         self,
@@ -98,7 +99,10 @@ class Decoded:
         like: Prepared | None = None,
     ) -> DecodedLinear:
         """See `LinearKernel`."""
-        return DecodedLinear(Grouped(self.isa).prepare(fmt, payload, target, bias, m=m, like=like))
+        return DecodedLinear(self._packing(fmt).prepare(fmt, payload, target, bias, m=m, like=like))
+
+    def _packing(self, fmt: Format) -> Grouped | LookUp:
+        return LookUp(self.isa) if fmt.looked_up else Grouped(self.isa)
 
 
 _HASH = hash_of(*map(str, SOURCES), __file__)

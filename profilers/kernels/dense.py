@@ -47,6 +47,11 @@ class DenseLinear:
         return type(self)(self.weight, self.bias, self._out, _reordered(self._packed.to_dense(), self._m), self._m)
 
 
+def multiplied_in(fmt: Format, target: Target) -> torch.dtype:
+    """The dtype that weights of a dense format are multiplied in: bf16 where they and the target are, fp32 otherwise."""
+    return torch.bfloat16 if fmt.dense == "bf16" and target.compute_dtype == "bf16" else torch.float32
+
+
 def _reordered(weight: Tensor, m: int) -> Tensor:
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, m)
     return packed
@@ -73,8 +78,8 @@ class Dense:
 
     def supports(self, fmt: Format, n: int, k: int, m: int, target: Target) -> str | None:
         """See `LinearKernel`."""
-        if not fmt.dense:
-            return "dense formats only"
+        if not fmt.dense or fmt.rank:
+            return "dense formats only, of one matrix"
         if self.prepacked and target.device != "cpu":
             return f"runs on cpu, not on {target.device}"
         if self.prepacked and not torch._C._has_mkldnn:
@@ -92,7 +97,7 @@ class Dense:
         like: Prepared | None = None,
     ) -> DenseLinear:
         """See `LinearKernel`."""
-        dtype = torch.bfloat16 if fmt.dense == "bf16" and target.compute_dtype == "bf16" else torch.float32
+        dtype = multiplied_in(fmt, target)
         weight = payload["weight"].detach().to(target.device, dtype).contiguous()
         packed = _reordered(weight, m) if self.prepacked else None
         # The packed copy is all that a call reads; of the plain one only the shape and dtype are kept.

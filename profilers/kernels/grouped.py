@@ -1,4 +1,4 @@
-"""The project's own kernels for integer grids, `grouped.cpp`: every bit width, group, offset and activation rule."""
+"""The project's own kernels for packed codes, `panels.h`: integer grids of every width, group, offset and activation rule."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ _PANEL = 32
 
 
 class Layer(ctypes.Structure):
-    """`struct Layer` of grouped.cpp."""
+    """`struct Layer` of panels.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("n", "k", "group", "act_group")),
         *((name, ctypes.c_int32) for name in ("bits", "asym", "act_bits", "bf16", "threads")),
         ("stream", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("levels", ctypes.c_void_p),
     )
 
 
@@ -53,18 +54,28 @@ def bind(isa: Isa, name: str, n_pointers: int, n_integers: int = 0) -> Callable[
     return function
 
 
-def refuses_shape(fmt: Format, k: int, isa: Isa) -> str | None:
-    """What every kernel of the library asks for."""
+def refuses(fmt: Format, k: int, isa: Isa) -> str | None:
+    """Why integer grids are not what the format is, or its shape is not one of `refuses_shape`."""
     if fmt.dense:
         return "integer grids only"
     if not fmt.plain:
         return "integer grids of 2, 3, 4 or 8 bits with bf16 scales, inputs left alone or rounded to int8 a token"
+    return refuses_shape(fmt, k, isa)
+
+
+def refuses_shape(fmt: Format, k: int, isa: Isa) -> str | None:
+    """What every kernel on packed codes asks for, and a compiler."""
     if k % 16:
         return f"k={k} is not a multiple of 16"
     if not fmt.divides(k):
         return f"group={fmt.group} does not divide k={k}"
     if k > _INT32_SAFE_INPUTS:
         return f"k={k} is above {_INT32_SAFE_INPUTS}, where int32 sums may overflow"
+    return refuses_build(isa)
+
+
+def refuses_build(isa: Isa = "native") -> str | None:
+    """Why the library cannot be compiled here, or None."""
     try:
         library(isa)
     except NoCompiler as error:
@@ -73,12 +84,13 @@ def refuses_shape(fmt: Format, k: int, isa: Isa) -> str | None:
 
 
 class PackedLinear:
-    """A weight as one stream of panels (layout: grouped.cpp)."""
+    """A weight as one stream of panels (layout: panels.h); levels: (16,) fp32 by code, or None for integers."""
 
-    def __init__(self, layer: Layer, stream: Tensor, bias: Tensor | None, isa: Isa) -> None:
-        self.layer, self.stream, self.bias, self.isa = layer, stream, bias, isa
+    def __init__(self, layer: Layer, stream: Tensor, bias: Tensor | None, isa: Isa, levels: Tensor | None = None) -> None:
+        self.layer, self.stream, self.bias, self.isa, self.levels = layer, stream, bias, isa, levels
         layer.stream = stream.data_ptr()
-        layer.bias = bias.data_ptr() if bias is not None else None
+        layer.bias = address(bias)
+        layer.levels = address(levels)
         self.address = ctypes.addressof(layer)
         self._run = bind(isa, "isolatency_linear", 3, 1)
         self._n, self._k = int(layer.n), int(layer.k)
@@ -112,7 +124,25 @@ class PackedLinear:
 
     def clone(self) -> Self:
         """See `Prepared`."""
-        return type(self)(Layer.from_buffer_copy(self.layer), self.stream.clone(), self.bias, self.isa)
+        return type(self)(Layer.from_buffer_copy(self.layer), self.stream.clone(), self.bias, self.isa, self.levels)
+
+
+def pack(fmt: Format, payload: Payload, target: Target, bias: Tensor | None, isa: Isa, levels: Tensor | None) -> PackedLinear:
+    """The stream of a payload: codes, scales and, if asymmetric, offsets in bf16; levels: as in `PackedLinear`."""
+    codes, scale = payload["codes"].contiguous(), payload["scale"].contiguous()
+    offset = None if fmt.symmetric else payload["offset"].contiguous()
+    n, k = codes.shape
+    layer = layer_of(fmt, n, k, target)
+    stream = torch.zeros(bind(isa, "isolatency_stream_bytes", 1)(ctypes.addressof(layer)), dtype=torch.uint8)
+    bind(isa, "isolatency_pack", 5)(
+        ctypes.addressof(layer), codes.data_ptr(), scale.data_ptr(), address(offset), stream.data_ptr()
+    )
+    return PackedLinear(layer, stream, padded(bias), isa, levels)
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers lie, null for None."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -136,7 +166,7 @@ class Grouped:
 
     def supports(self, fmt: Format, n: int, k: int, m: int, target: Target) -> str | None:
         """See `LinearKernel`."""
-        return refuses_shape(fmt, k, self.isa)
+        return refuses(fmt, k, self.isa)
 
     def prepare(
         self,
@@ -151,21 +181,7 @@ class Grouped:
         """See `LinearKernel`."""
         if isinstance(like, PackedLinear) and like.isa == self.isa:
             return like
-        codes, scale, offset = payload["codes"].contiguous(), payload["scale"].contiguous(), payload.get("offset")
-        n, k = codes.shape
-        layer = layer_of(fmt, n, k, target)
-        if offset is not None:
-            offset = offset.contiguous()
-        bytes_needed = bind(self.isa, "isolatency_stream_bytes", 1)(ctypes.addressof(layer))
-        stream = torch.zeros(bytes_needed, dtype=torch.uint8)
-        bind(self.isa, "isolatency_pack", 5)(
-            ctypes.addressof(layer),
-            codes.data_ptr(),
-            scale.data_ptr(),
-            offset.data_ptr() if offset is not None else None,
-            stream.data_ptr(),
-        )
-        return PackedLinear(layer, stream, padded(bias), self.isa)
+        return pack(fmt, payload, target, bias, self.isa, None)
 
 
 def padded(bias: Tensor | None) -> Tensor | None:

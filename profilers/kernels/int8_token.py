@@ -11,7 +11,7 @@ from torch import Tensor
 
 from methods.formats.format import Format
 from profilers.kernels.build import SOURCES
-from profilers.kernels.grouped import Layer, bind, layer_of, padded, refuses_shape
+from profilers.kernels.grouped import Layer, bind, layer_of, padded, refuses
 from profilers.kernels.kernel import Payload, Prepared, hash_of
 from profilers.target import Target
 
@@ -71,7 +71,7 @@ class Int8Token:
             return "w8a8-token only"
         if not target.capabilities & {"avx512_vnni", "avx_vnni", "amx_int8", "i8mm"}:
             return "torch multiplies int8 with a plain loop on this CPU"
-        return refuses_shape(fmt, k, "native")
+        return refuses(fmt, k, "native")
 
     def prepare(
         self,

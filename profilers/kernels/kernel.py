@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -67,9 +67,11 @@ class LinearKernel(Protocol):
         ...
 
 
-def hash_of(*files: str) -> str:
-    """16 hex digits of the SHA-256 of source files."""
+def hash_of(*files: str, versions: Sequence[str] = ()) -> str:
+    """16 hex digits of the SHA-256 of source files, and of the versions of packages whose code they run."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(Path(file).read_bytes())
+    for version in versions:
+        digest.update(f"\n{version}".encode())
     return digest.hexdigest()[:16]

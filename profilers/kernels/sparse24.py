@@ -68,7 +68,7 @@ class Sparse24:
 
     def supports(self, fmt: Format, n: int, k: int, m: int, target: Target) -> str | None:
         """See `LinearKernel`."""
-        if fmt.dense != "bf16" or target.compute_dtype != "bf16":
+        if fmt.dense != "bf16" or fmt.thinned or target.compute_dtype != "bf16":
             return "bf16 only"
         if n % 16 or k % 16:
             return f"n={n} and k={k} must be multiples of 16"

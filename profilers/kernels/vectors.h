@@ -33,4 +33,18 @@ inline float sum(F16 v) {
   const auto four = half<4>(half<8>(v));
   return (four[0] + four[1]) + (four[2] + four[3]);
 }
+
+constexpr int TILE = 16;  // outputs of a vector
+// Outputs `channel` and the next 15 of a row of y (rows, l.n), bias added, those beyond l.n left out; the bias is as long as whole tiles.
+template <class L> void write_tile(const L& l, void* y, int64_t row, int64_t channel, F16 v) {
+  const int64_t left = l.n - channel, at = row * l.n + channel;
+  if (left <= 0) return;
+  if (l.bias) v += load<F16>(l.bias + channel);
+  if (l.bf16) {
+    const H16 rounded = round_bf16(v);
+    std::memcpy((uint16_t*)y + at, &rounded, left < TILE ? 2 * left : 32);
+  } else {
+    std::memcpy((float*)y + at, &v, left < TILE ? 4 * left : 64);
+  }
+}
 }  // namespace vectors

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from methods.formats import scales
+from methods.formats.elements import LOOKED_UP
 from methods.formats.format import Format
 from methods.formats.levels import table
 from methods.formats.numerics import decode_grid
@@ -21,7 +22,7 @@ UNIT = 32
 PLANES: Mapping[int, tuple[int, int]] = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (8, 0)}
 """Bits of a code in the plane of the low and in that of the high bits: words of three bits would leave gaps."""
 
-TABLES = ("nf", "e2m1", "nl", "tern", "lut")
+TABLES = (*LOOKED_UP, "lut")
 """Elements whose levels are looked up: sixteen at most."""
 
 

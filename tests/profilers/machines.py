@@ -1,9 +1,10 @@
-"""This machine, another one and a GPU that is not here, and tables with timings that a test states."""
+"""This machine, another one and a GPU that is not here, what times on it, and tables with timings that a test states."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from profilers.clocks import Clocks
 from profilers.table import KernelKey, LatencyTable, Row, header_of
 from profilers.target import Target, cuda_capabilities, local_cpu
 from profilers.timer import Timing
@@ -33,3 +34,22 @@ def table_of(target: Target, cells: dict[KernelKey, float]) -> LatencyTable:
     table = LatencyTable(target.fingerprint, target.description, header=header_of(target))
     table.add(Row("grouped", key, "ok", "hash", timing=timing(ms), size_bytes=key.n * key.k // 2) for key, ms in cells.items())
     return table
+
+
+class FakeDevice:
+    """Graphs are lists; a call takes 1 ms, 2 where it is cold; clocks as they are set."""
+
+    def __init__(self, clocks: list[Clocks]) -> None:
+        self._clocks, self.captures, self.timed = clocks, 0, 0
+
+    def captured(self, calls):
+        self.captures += 1
+        return lambda: [call() for call in calls]
+
+    def seconds(self, call) -> float:
+        self.timed += 1
+        result = call()
+        return 1e-3 * (len(result) if isinstance(result, list) else 1)
+
+    def clocks(self) -> Clocks:
+        return self._clocks.pop(0)

@@ -21,6 +21,7 @@ from profilers.plan import MODELS, by_shape, cells, log_uniform, read_shapes
 from profilers.table import Check, KernelKey, LatencyTable, Row, header_of
 from profilers.target import Target, local_cpu
 from profilers.timer import Timing
+from tests.profilers.machines import FakeDevice
 
 TARGET = local_cpu(1)
 SHAPES = [(96, 64), (192, 64), (64, 96)]
@@ -89,12 +90,24 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
     made = Fake()
     monkeypatch.setattr(campaign, "measure", made)
     monkeypatch.setattr(LatencyTable, "missing", lambda self, keys: [key for key in keys if not self.has(key)])
-    monkeypatch.setattr(campaign, "_to_repeat", lambda key: key.n == 96)
+    monkeypatch.setattr(campaign, "_to_repeat", lambda key, _: key.n == 96)
     return made
 
 
 def table() -> LatencyTable:
     return LatencyTable(TARGET.fingerprint, TARGET.description, header=header_of(TARGET))
+
+
+def test_how_many_cells_are_measured_again_is_asked_for(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = cells([(192, 64 * i) for i in range(1, 13)], ("bf16",), (1, 2))
+    monkeypatch.undo()
+    monkeypatch.setattr(campaign, "measure", fake)
+    counts = []
+    for repeated in (1, 3):
+        found = table()
+        sweep(TARGET, keys, found, repeated=repeated, now=lambda: fake.now)
+        counts.append(sum(check.kind == "repeat" for check in found.checks))
+    assert counts[0] == len(keys) and 2 <= counts[1] <= 2 * len(keys) // 3
 
 
 def test_a_sweep_measures_repeats_and_looks_at_the_reference(fake: Fake) -> None:
@@ -185,25 +198,6 @@ def test_a_killed_sweep_loses_at_most_the_cell_in_flight(tmp_path: Path) -> None
     assert found.header["provenance"]["command"].endswith("cpu")
     rows = [line for line in after if '"status": "ok"' in line and '"w4a8-g64"' in line and '"grouped"' in line]
     assert len(rows) == 6  # none was measured twice
-
-
-class FakeDevice:
-    """Graphs are lists; a call takes 1 ms, 2 where it is cold; clocks as they are set."""
-
-    def __init__(self, clocks: list[Clocks]) -> None:
-        self._clocks, self.captures, self.timed = clocks, 0, 0
-
-    def captured(self, calls):
-        self.captures += 1
-        return lambda: [call() for call in calls]
-
-    def seconds(self, call) -> float:
-        self.timed += 1
-        result = call()
-        return 1e-3 * (len(result) if isinstance(result, list) else 1)
-
-    def clocks(self) -> Clocks:
-        return self._clocks.pop(0)
 
 
 def test_decode_replays_graphs_over_all_copies() -> None:

@@ -81,11 +81,11 @@ def test_formats_that_words_cannot_hold_are_refused() -> None:
     ("name", "few", "many"),
     (
         ("bf16", {"dense"}, {"dense"}),
-        ("w4a16-g64", {"triton-few", "triton-many", "tinygemm"}, {"triton-many", "tinygemm"}),
+        ("w4a16-g64", {"triton-few", "triton-many", "tinygemm", "gemlite"}, {"triton-many", "tinygemm", "gemlite"}),
         ("w3a16-g32-asym", {"triton-few", "triton-many"}, {"triton-many"}),
-        ("w8a16", {"triton-few", "triton-many", "int8pack"}, {"triton-many", "int8pack"}),
+        ("w8a16", {"triton-few", "triton-many", "int8pack", "gemlite"}, {"triton-many", "int8pack", "gemlite"}),
         ("w8a8-token", {"triton-few", "triton-int8", "triton-many"}, {"triton-int8", "triton-many"}),
-        ("nf4", {"triton-few", "triton-many"}, {"triton-many"}),
+        ("nf4", {"triton-few", "triton-many", "bitsandbytes"}, {"triton-many", "bitsandbytes"}),
         ("fp8-token", {"scaled-mm"}, {"scaled-mm"}),
     ),
 )

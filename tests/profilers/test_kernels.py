@@ -14,14 +14,20 @@ from methods.formats.numerics import decode, linear, quantize_activation
 from profilers.kernels import gate
 from profilers.kernels.build import Isa, NoCompiler, library
 from profilers.kernels.catalogue import KERNELS, kernel, refusals, supported
+from profilers.kernels.csr import Csr
 from profilers.kernels.decoded import Decoded
 from profilers.kernels.grouped import Grouped, PackedLinear
+from profilers.kernels.kernel import LinearKernel
+from profilers.kernels.lookup import LookUp
+from profilers.kernels.low_rank import LowRankFused
 from profilers.sweep import random_payload
 from profilers.target import local_cpu
 
 FORMATS = (
     "fp32", "fp16", "bf16", "w8a8-token", "w8a16", "w4a16-g32", "w4a16-g64", "w4a16-g64-asym", "w3a16-g16-asym", "w2a16-g48",
     "w8a8-g64", "w4a8-g32-asym", "w3a8-g96", "w3a8-g64-asym", "w2a8-g32-asym", "w2a8-token-g16-asym", "w4a8-token-asym",
+    "nf4a16-g64", "nf3a16-g48", "nf4a8-g64", "nl4a8-token", "e2m1a8-token-g32", "mxfp4a16", "tern2a16-g64", "bf16-s90", "fp32-s95",
+    "fp16-s99", "bf16-s70", "bf16-r64", "fp32-r24",
 )  # fmt: skip
 SHAPES = ((40, 192), (576, 192), (72, 576))
 TARGET = local_cpu(1)
@@ -63,7 +69,11 @@ def test_every_kernel_agrees_with_the_reference(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ("w8a8-g64", "w4a8-g32-asym", "w3a8-g64-asym", "w2a8-token-g32", "w8a16", "w4a16-g64-asym", "w3a16-g32")
+    "name",
+    (
+        *("w8a8-g64", "w4a8-g32-asym", "w3a8-g64-asym", "w2a8-token-g32", "w8a16", "w4a16-g64-asym", "w3a16-g32"),
+        *("nf4a16-g64", "nf3a8-g96", "nl4a8-token", "bf16-s90", "fp32-s90", "bf16-r24", "fp32-r24"),
+    ),
 )
 @pytest.mark.parametrize("isa", ("avx2", "portable"))
 @pytest.mark.parametrize("dtype", ("bf16", "fp32"))
@@ -74,13 +84,18 @@ def test_forced_code_paths_agree_with_the_reference(name: str, isa: Isa, dtype: 
         pytest.skip(str(error))
     assert lowest == {"avx2": 1, "portable": 0}[isa]
     fmt, target = parse_format(name), _dtype_target(dtype)
+    ran = set()
     for m in (1, 3, 17):
         payload, x, bias = _case(fmt, 72, 192, m, target.dtype)
         expected = linear(x.float(), decode(fmt, payload), fmt, bias)
-        for entry in (Grouped(isa), *([Decoded(isa)] if m == 17 else [])):
+        for entry in (Grouped(isa), LookUp(isa), Decoded(isa), Csr(isa), LowRankFused(isa)):
+            if entry.supports(fmt, 72, 192, m, target):
+                continue
+            ran.add(type(entry))
             prepared = entry.prepare(fmt, payload, target, bias, m=m)
             assert torch.equal(prepared.dequant(), decode(fmt, payload))
             assert _error(prepared(x), expected) < gate.tolerance(fmt, x.dtype), (entry.name, m)
+    assert ran
 
 
 def test_integer_sums_are_exact_in_fp32() -> None:
@@ -103,7 +118,7 @@ def test_activations_round_half_to_even_and_zero_groups_stay_zero() -> None:
 
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf")))
-@pytest.mark.parametrize("name", ("w4a8-g32", "w8a8-token", "w4a16-g32"))
+@pytest.mark.parametrize("name", ("w4a8-g32", "w8a8-token", "w4a16-g32", "nf4a16-g64", "nl4a8-g32", "bf16-r64"))
 def test_values_that_are_not_finite_are_not_hidden(bad: float, name: str) -> None:
     fmt = parse_format(name)
     payload, x, _ = _case(fmt, 48, 192, 2, TARGET.dtype)
@@ -132,10 +147,17 @@ def test_decoded_shares_the_packed_weight() -> None:
     assert _error(many(x), few(x)) < 1e-2
 
 
-def test_two_threads_compute_the_same() -> None:
-    fmt = parse_format("w4a8-g32-asym")
-    payload, x, bias = _case(fmt, 200, 192, 33, TARGET.dtype)
-    one, two = (Grouped().prepare(fmt, payload, replace(TARGET, threads=n), bias)(x) for n in (1, 2))
+@pytest.mark.parametrize(
+    ("entry", "name", "m"),
+    (
+        *((Grouped(), "w4a8-g32-asym", 33), (LookUp(), "nf4a16-g64", 33), (Csr(), "bf16-s90", 33), (Csr(), "fp32-s90", 1)),
+        (LowRankFused(), "bf16-r40", 11),
+    ),
+)
+def test_two_threads_compute_the_same(entry: LinearKernel, name: str, m: int) -> None:
+    fmt = parse_format(name)
+    payload, x, bias = _case(fmt, 200, 192, m, TARGET.dtype)
+    one, two = (entry.prepare(fmt, payload, replace(TARGET, threads=n), bias)(x) for n in (1, 2))
     assert torch.equal(one, two)
 
 

@@ -12,9 +12,10 @@ from methods.kv.cache import stored_bytes
 from methods.kv.calibrate import calibrate
 from methods.kv.format import parse_cache_format
 from methods.model.describe import describe
-from profilers.end_to_end import Step, measure
+from profilers.end_to_end import measure
 from profilers.kv_cache import new_cache
 from profilers.runtime import materialize
+from profilers.steps import Step
 from profilers.target import local_cpu
 from profilers.workload import Workload
 from tests.tiny import tiny_model, tiny_tokens

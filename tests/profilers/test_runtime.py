@@ -161,7 +161,32 @@ def test_attention_against_torch(dtype: torch.dtype, shape: tuple[int, ...]) -> 
     assert _error(got.double(), expected) < (4e-3 if dtype == torch.bfloat16 else 2e-6)
 
 
+@pytest.mark.skipif(not attention.prompt_kernel(TARGET), reason="this CPU multiplies no bf16 pairs, or has tiles for it")
+@pytest.mark.parametrize(
+    "shape", ((1, 9, 3, 40, 64), (2, 6, 2, 131, 16), (3, 4, 4, 2, 80), (1, 2, 1, 33, 256), (1, 4, 2, 512, 96))
+)
+def test_attention_of_prompts_against_torch(shape: tuple[int, ...]) -> None:
+    batch, heads, kv_heads, length, dim = shape
+    generator = torch.Generator().manual_seed(length)
+    q = 3 * torch.randn(batch, length, heads, dim, generator=generator).bfloat16().transpose(1, 2)
+    k, v = (torch.randn(batch, kv_heads, length + 3, dim, generator=generator).bfloat16()[:, :, :length] for _ in range(2))
+    assert attention.fits_prompt(q, k, v, None, {"scaling": 0.1})
+    got = attention.attend_prompt(q, k, v, dim**-0.5, threads=1 + batch % 2).transpose(1, 2)
+    double = q.double(), k.double(), v.double()
+    expected = nn.functional.scaled_dot_product_attention(*double, is_causal=True, enable_gqa=True)
+    assert _error(got.double(), expected) < 4e-3
+    for row in (0, length // 2, length - 1):
+        assert _error(got[:, :, row].double(), expected[:, :, row]) < 6e-3
+
+
 def test_attention_that_is_not_plain_goes_to_torch() -> None:
+    prompt = torch.randn(1, 2, 5, 16).bfloat16()
+    assert attention.fits_prompt(prompt, prompt, prompt, None, {"is_causal": True, "dropout": 0.0})
+    assert not attention.fits_prompt(prompt, prompt, prompt, None, {"is_causal": False})
+    assert not attention.fits_prompt(prompt, prompt, prompt, torch.ones(1, 1, 5, 5), {})
+    assert not attention.fits_prompt(prompt[:, :, 2:], prompt, prompt, None, {})
+    assert not attention.fits_prompt(prompt, prompt, prompt, None, {"softcap": 30.0})
+    assert not attention.fits_prompt(*(3 * [prompt.float()]), None, {})
     q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 5, 16)
     assert attention.fits(q, k, k, None, {"scaling": 0.1, "dropout": 0.0})
     assert not attention.fits(q, k, k, torch.ones(1, 1, 1, 5), {})

@@ -82,7 +82,7 @@ def server(model: Path) -> Iterator[Server]:
 
 def priced(call: Any, turn: int, clock: Any) -> Any:
     """In place of `profilers.timer.take`: a sample as long as the weights that the call reads have bytes."""
-    from profilers.end_to_end import Step
+    from profilers.steps import Step
     from profilers.timer import Sample
 
     size = _step_bytes(call.model) + 2000 if isinstance(call, Step) else call.func.size_bytes() + 100

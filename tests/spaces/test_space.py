@@ -10,7 +10,7 @@ from methods.method import Plan
 from methods.model.structure import LayerSpec, Site, Structure
 from methods.policy import DENSE, Decision
 from methods.recipes.recipe import norm_site
-from spaces.runtimes import DEFAULT_FORMATS, RUNTIMES, runtime
+from spaces.runtimes import DEFAULT_FORMATS, RUNTIMES, default_formats, runtime
 from spaces.space import build
 
 
@@ -172,6 +172,9 @@ def test_runtimes_say_what_they_cannot_run(name: str, fmt: str, site: Site, reas
 def test_default_formats_are_what_their_runtime_runs() -> None:
     site = _site("x", 256, 512)
     assert set(DEFAULT_FORMATS) == set(RUNTIMES)
+    assert default_formats("isolatency", ["decode"]) == DEFAULT_FORMATS["isolatency"]
+    assert set(default_formats("isolatency", ["decode", "prefill"])) - set(DEFAULT_FORMATS["isolatency"]) == {"w8a8-token"}
+    assert default_formats("vllm", ["prefill"]) == DEFAULT_FORMATS["vllm"]
     for name, formats in DEFAULT_FORMATS.items():
         assert [runtime(name).supports(parse_format(fmt), site) for fmt in formats] == [None] * len(formats)
         assert all(catalogue.refuses(site, Decision.of("rtn", format=fmt)) is None for fmt in formats)
