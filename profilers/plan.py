@@ -41,7 +41,7 @@ FORMATS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "cuda": (
             "bf16", "w8a16-g64", "w8a8-token", "w8a8-g64", "w4a16-g64", "w4a16-g128", "w4a16-g64-asym", "w4a8-g64", "w3a16-g64",
-            "w2a16-g64",
+            "w2a16-g64", "nf4a16-g64", "fp8-token", "bf16-2of4", "bf16-r128",
         ),
     }
 )  # fmt: skip

@@ -125,7 +125,10 @@ def random_payload(fmt: Format, n: int, k: int, generator: torch.Generator) -> d
         down, up = (torch.randn(*shape, generator=generator) / math.sqrt(shape[1]) for shape in ((fmt.rank, k), (n, fmt.rank)))
         return {"down": down.to(DTYPES[fmt.dense]), "up": up.to(DTYPES[fmt.dense])}
     weight = torch.randn(n, k, generator=generator) / math.sqrt(k)
-    if fmt.zeros:
+    if fmt.every:
+        places = torch.rand(n, k // fmt.every, fmt.every, generator=generator).argsort(-1)
+        weight.view(places.shape)[places >= fmt.kept(1, fmt.every)] = 0
+    elif fmt.zeros:
         weight.view(-1)[torch.randperm(n * k, generator=generator)[fmt.kept(n, k) :]] = 0
     if fmt.dense:
         return {"weight": weight.to(DTYPES[fmt.dense])}

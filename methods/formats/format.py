@@ -17,12 +17,13 @@ _NAME = re.compile(
     r"(?P<weight>e\dm\d|[a-z]+?(?P<bits>\d+))a(?P<act>\d+|e\dm\d)(?P<share>-token|-tensor|-super)?"
     rf"(?:-g(?P<group>\d+)|-b(?P<rows>\d+)x(?P<cols>\d+)|(?P<whole>-whole))?(?:-(?P<codec>{'|'.join(CODECS)}))?(?P<asym>-asym)?"
 )
-_DENSE = re.compile(rf"(?P<dense>{'|'.join(DENSE_DTYPES)})(?:-s(?P<zeros>\d+)|-r(?P<rank>\d+))?")
+_DENSE = re.compile(rf"(?P<dense>{'|'.join(DENSE_DTYPES)})(?:-s(?P<zeros>\d+)|-(?P<few>\d+)of(?P<every>\d+)|-r(?P<rank>\d+))?")
 _LATTICE = re.compile(r"iq[123]_\w+")
 GRAMMAR = (
     "<element>a<act>[-token|-tensor|-super][-g<group>|-b<rows>x<group>|-whole][-<codec>][-asym] with the elements "
     "w2…w8, e4m3, e5m2, e3m2, e2m3, e2m1, nf3, nf4, nl4, tern2, bin1, bcq1…bcq4, lut2…lut4, the activations 16, 8, 6, 4 or a minifloat "
-    f"and the scale codecs {', '.join(CODECS)}, e.g. w4a8-g64; or <dtype>[-s<per cent of zeros>|-r<rank>], e.g. bf16-s90, bf16-r64"
+    f"and the scale codecs {', '.join(CODECS)}, e.g. w4a8-g64; or <dtype>[-s<per cent of zeros>|-<n>of<m>|-r<rank>], e.g. "
+    "bf16-s90, bf16-2of4, bf16-r64"
 )
 
 
@@ -38,7 +39,8 @@ class Format:
     act_bits: 16 leaves activations alone; fewer round them, by default dynamically and symmetrically.
     act_group: inputs that share an activation scale; -1 is all of them. act_rows: 1, a scale a token, or -1, one for all tokens at
     hand. act_element: `int` or a minifloat.
-    zeros: of a dense dtype, the per cent of its weights, at least, that are zero, wherever they lie. rank: of a dense dtype, that of a
+    zeros: of a dense dtype, the per cent of its weights, at least, that are zero, wherever they lie, or with `every` that share of so
+    many neighbouring inputs: zeros=50, every=4 is 2:4. rank: of a dense dtype, that of a
     weight which is kept as the product of two factors; 0 is one matrix.
     """
 
@@ -55,6 +57,7 @@ class Format:
     act_rows: int = 1
     zeros: int = 0
     rank: int = 0
+    every: int = 0
 
     def __post_init__(self) -> None:
         _check_thinned(self)
@@ -71,7 +74,8 @@ class Format:
         `w4a8-g64` rounds activations per token and group of 64; `w4a8-token-g64` per token; `w8a8-tensor` all tokens alike.
         """
         if self.dense:
-            return f"{self.dense}{f'-s{self.zeros}' if self.zeros else ''}{f'-r{self.rank}' if self.rank else ''}"
+            zeros = f"-{self.kept(1, self.every)}of{self.every}" if self.every else f"-s{self.zeros}" if self.zeros else ""
+            return f"{self.dense}{zeros}{f'-r{self.rank}' if self.rank else ''}"
         return _NAME_OF.get(self) or _written(self)
 
     @property
@@ -155,7 +159,9 @@ class Format:
     @property
     def unit(self) -> int:
         """What the number of inputs has to be a multiple of."""
-        spans = [] if self.dense or self.scales.mean else [self.scales.span]
+        if self.dense:
+            return self.every or 1
+        spans = [] if self.scales.mean else [self.scales.span]
         return math.lcm(*(size for size in (self.group, self.act_group, *spans) if size > 0))
 
     def groups(self, d_in: int) -> int:
@@ -173,7 +179,7 @@ class Format:
 
     def divides(self, d_in: int) -> bool:
         """Whether groups and super-blocks divide a row of `d_in` inputs."""
-        return bool(self.dense) or d_in % self.unit == 0
+        return d_in % self.unit == 0
 
     def blocks(self, d_out: int) -> int:
         """How many sets of rows share scales; the last may be smaller."""
@@ -182,8 +188,10 @@ class Format:
     def overhead_bits(self, d_out: int, d_in: int) -> int:
         """Bits that a weight's scales, offsets and levels take, of every level of storage; of zeros, what tells where the others are.
 
-        That is, as the `csr` kernel has it, 16 bits for the column of each and 32 for where a row begins.
+        That is, as the `csr` kernel has it, 16 bits for the column of each and 32 for where a row begins; with `every`, its place there.
         """
+        if self.every:
+            return math.ceil(math.log2(self.every)) * self.kept(d_out, d_in)
         if self.dense:
             return 16 * self.kept(d_out, d_in) + 32 * (d_out + 1) if self.zeros else 0
         n_blocks, n_groups = self.blocks(d_out), self.groups(d_in)
@@ -227,6 +235,10 @@ def _check_thinned(fmt: Format) -> None:
         )
     if fmt.zeros and fmt.rank:
         raise ValueError(f"format: zeros={fmt.zeros} with rank={fmt.rank}; use one of them")
+    if fmt.every and (fmt.every < 2 or not fmt.zeros or fmt.every * fmt.zeros % 100):
+        raise ValueError(
+            f"format: zeros={fmt.zeros} of every={fmt.every}; use a whole number of some neighbouring inputs, such as 2of4"
+        )
     if not 0 <= fmt.zeros < 100 or fmt.rank < 0:
         raise ValueError(f"format: zeros={fmt.zeros}, rank={fmt.rank}; use 1 to 99 per cent, or a rank above 0")
 
@@ -311,8 +323,11 @@ def _spelled(fmt: Format, name: str) -> Format:
 
 
 def _read_dense(match: re.Match[str]) -> Format:
-    dense = match["dense"]
-    return Format(32 if dense == "fp32" else 16, dense=dense, zeros=int(match["zeros"] or 0), rank=int(match["rank"] or 0))
+    dense, every = match["dense"], int(match["every"] or 0)
+    zeros, over = divmod(100 * (every - int(match["few"] or 0)), every) if every else (int(match["zeros"] or 0), 0)
+    if over:
+        raise ValueError(f"format {match[0]!r}: {match['few']} of {every} is no whole per cent; use such as 2of4, 1of4 or 4of8")
+    return Format(32 if dense == "fp32" else 16, dense=dense, zeros=zeros, rank=int(match["rank"] or 0), every=every)
 
 
 def _read(match: re.Match[str]) -> Format:

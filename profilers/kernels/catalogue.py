@@ -15,6 +15,7 @@ from profilers.kernels.int8_token import Int8Token
 from profilers.kernels.kernel import LinearKernel
 from profilers.kernels.lookup import LookUp
 from profilers.kernels.low_rank import LowRank, LowRankFused
+from profilers.kernels.sparse24 import Sparse24
 from profilers.kernels.tinygemm import Tinygemm
 from profilers.kernels.triton_grouped import TritonGrouped
 from profilers.kernels.triton_int8 import TritonInt8
@@ -44,6 +45,8 @@ CUDA_KERNELS: tuple[LinearKernel, ...] = (
     Fp8(),
     Tinygemm(),
     Int8Pack(),
+    Sparse24(),
+    LowRank(),
     GemLite(),
     BitsAndBytes(),
 )

@@ -27,7 +27,7 @@ from profilers.kernels import gate
 from profilers.kernels.catalogue import kernels
 from profilers.kernels.device import failures
 from profilers.kernels.kernel import LinearKernel, Payload
-from profilers.kernels.sparse24 import Sparse24
+from profilers.sweep import random_payload
 from profilers.target import Target, local_cpu, local_cuda
 
 SHAPES = ((192, 576), (576, 576), (1536, 576), (576, 1536), (2048, 2048), (1024, 4096))
@@ -36,7 +36,8 @@ SHAPES = ((192, 576), (576, 576), (1536, 576), (576, 1536), (2048, 2048), (1024,
 TOKENS = (1, 3, 8, 16, 33, 128)
 
 FORMATS = (
-    "bf16", "w2a16-g32", "w2a16-g64-asym", "w3a16-g64", "w3a16-g32-asym", "w4a16-g32", "w4a16-g64", "w4a16-g64-asym", "w4a16-g128",
+    "bf16", "bf16-2of4", "bf16-r64",
+    "w2a16-g32", "w2a16-g64-asym", "w3a16-g64", "w3a16-g32-asym", "w4a16-g32", "w4a16-g64", "w4a16-g64-asym", "w4a16-g128",
     "w5a16-g32", "w6a16-g64-asym", "w8a16", "w8a16-g64", "nf4", "mxfp4a16", "nl4a16-g64", "lut4a16", "lut4a16-g64", "w4a8-g64",
     "w4a8-token-g64-asym", "w8a8-g64", "w8a8-token", "fp8-token", "fp8-tensor",
 )  # fmt: skip
@@ -59,9 +60,10 @@ class Cell:
 
 def payload_of(fmt: Format, n: int, k: int, seed: int = 0) -> dict[str, Tensor]:
     """Random weights in a format, rounded to the nearest of the grid that spans each group."""
-    weight = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)) / k**0.5
+    generator = torch.Generator().manual_seed(seed)
     if fmt.dense:
-        return {"weight": weight.bfloat16()}
+        return random_payload(fmt, n, k, generator)
+    weight = torch.randn(n, k, generator=generator) / k**0.5
     return nearest(weight, fmt, minmax(weight, fmt))
 
 
@@ -88,7 +90,7 @@ def check_device(
     shapes: Sequence[tuple[int, int]] = SHAPES,
     tokens: Sequence[int] = TOKENS,
 ) -> Iterator[Cell]:
-    """Every kernel of the target's device, and `sparse24`, at every format, shape and number of tokens."""
+    """Every kernel of the target's device at every format, shape and number of tokens."""
     for fmt in map(parse_format, formats):
         for n, k in shapes:
             if not fmt.divides(k):
@@ -96,16 +98,6 @@ def check_device(
             payload = payload_of(fmt, n, k)
             for kernel in kernels(target):
                 yield from (check_cell(kernel, fmt, payload, target, m) for m in tokens)
-            if fmt.dense == "bf16":
-                yield from (check_cell(Sparse24(), fmt, pruned(payload), target, m) for m in tokens)
-
-
-def pruned(payload: Payload) -> dict[str, Tensor]:
-    """A dense payload without the two smallest of every four weights of a row."""
-    weight = payload["weight"]
-    quads = weight.view(len(weight), -1, 4)
-    least = quads.abs().argsort(-1)[..., :2]
-    return {"weight": quads.scatter(-1, least, 0).view_as(weight)}
 
 
 def _formats(text: str) -> tuple[str, ...]:

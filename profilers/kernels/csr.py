@@ -94,7 +94,7 @@ class Csr:
 
     def supports(self, fmt: Format, n: int, k: int, m: int, target: Target) -> str | None:
         """See `LinearKernel`."""
-        if fmt.zeros < LEAST_ZEROS:
+        if fmt.zeros < LEAST_ZEROS or fmt.every:
             return f"dense formats of which {LEAST_ZEROS} per cent or more are zero"
         if k > _COLUMNS or k % 16:
             return f"k={k} is above {_COLUMNS} or not a multiple of 16"

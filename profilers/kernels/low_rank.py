@@ -50,7 +50,7 @@ class LowRankLinear:
 
 @dataclass(frozen=True)
 class LowRank:
-    """`low-rank`: x @ down^T, rounded to the compute dtype, @ up^T, by `dense-prepacked` each."""
+    """`low-rank`: x @ down^T, rounded to the compute dtype, @ up^T, by `dense-prepacked` each on a CPU, by `dense` on CUDA."""
 
     name: str = "low-rank"
 
@@ -61,7 +61,7 @@ class LowRank:
 
     def supports(self, fmt: Format, n: int, k: int, m: int, target: Target) -> str | None:
         """See `LinearKernel`."""
-        return _refuses_rank(fmt) or _DENSE.supports(replace(fmt, rank=0), n, k, m, target)
+        return _refuses_rank(fmt) or _dense(target).supports(replace(fmt, rank=0), n, k, m, target)
 
     def prepare(
         self,
@@ -78,8 +78,8 @@ class LowRank:
         down, up = _factors(fmt, payload)
         return LowRankLinear(
             fmt,
-            _DENSE.prepare(whole, {"weight": down}, target, m=m),
-            _DENSE.prepare(whole, {"weight": up}, target, bias, m=m),
+            _dense(target).prepare(whole, {"weight": down}, target, m=m),
+            _dense(target).prepare(whole, {"weight": up}, target, bias, m=m),
         )
 
 
@@ -204,5 +204,8 @@ def _factors(fmt: Format, payload: Payload) -> tuple[Tensor, Tensor]:
     return down, up
 
 
-_DENSE = Dense(prepacked=True)
+def _dense(target: Target) -> Dense:
+    return Dense(prepacked=target.device == "cpu")
+
+
 _HASH = hash_of(*map(str, SOURCES), __file__, str(Path(__file__).with_name("dense.py")))

@@ -1,7 +1,4 @@
-"""2:4 sparse bf16 products by torch's cuSPARSELt, with the algorithm searched for the shape. Not run on a device yet.
-
-In no catalogue: no number format says that two of every four weights are zero.
-"""
+"""2:4 sparse bf16 products by torch's cuSPARSELt, with the algorithm searched for the shape. Not run on a device yet."""
 
 from __future__ import annotations
 
@@ -68,8 +65,8 @@ class Sparse24:
 
     def supports(self, fmt: Format, n: int, k: int, m: int, target: Target) -> str | None:
         """See `LinearKernel`."""
-        if fmt.dense != "bf16" or fmt.thinned or target.compute_dtype != "bf16":
-            return "bf16 only"
+        if (fmt.dense, fmt.zeros, fmt.every) != ("bf16", 50, 4) or target.compute_dtype != "bf16":
+            return "bf16-2of4 only, computed in bf16"
         if n % 16 or k % 16:
             return f"n={n} and k={k} must be multiples of 16"
         if target.present and target.device == "cuda" and not torch.backends.cusparselt.is_available():

@@ -18,7 +18,7 @@ from methods.policy_rules import decisions_of, spec_of
 from profilers.sweep import random_payload
 
 SITE = Site("a site", "o", 0, (LayerSpec("o", "o", 0, 192, 192),))
-NAMES = ("bf16-s90", "fp32-s1", "fp16-s99", "bf16-r64", "fp32-r1")
+NAMES = ("bf16-s90", "fp32-s1", "fp16-s99", "bf16-r64", "fp32-r1", "bf16-2of4", "fp16-1of4", "bf16-4of8")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,6 +37,12 @@ def test_names_round_trip(name: str) -> None:
             ("bf16-s100", "zeros=100"),
             ("bf16-r0", "is written"),
         ),
+        *(
+            ("bf16-4of4", "zeros=0 of every=4"),
+            ("bf16-1of3", "no whole per cent"),
+            ("bf16-5of4", "zeros=-25"),
+            ("bf16-0of4", "zeros=100"),
+        ),
         *(("w4a16-s90", "unknown format"), ("bf16-s90-r64", "unknown format"), ("bf16-s", r"or <dtype>\[-s<per cent")),
     ],
 )
@@ -52,6 +58,7 @@ def test_other_names_are_errors(name: str, message: str) -> None:
         ("nf4", {"rank": 8}, "rank=8 with a grid"),
         ("bf16-s90", {"rank": 8}, "use one of them"),
         ("bf16", {"rank": -1}, "a rank above 0"),
+        ("bf16", {"every": 4}, "such as 2of4"),
     ],
 )
 def test_formats_that_mean_nothing_are_errors(fmt: str, fields: dict[str, int], message: str) -> None:
@@ -67,6 +74,9 @@ def test_bits_by_hand() -> None:
     assert rank.bits_per_weight(192, 40) == pytest.approx(64 * (192 + 40) * 32 / 7680)
     assert rank.bits_per_weight(192) == pytest.approx(64 * 32 / 192)
     assert zeros.by_rows and not rank.by_rows
+    pairs = parse_format("bf16-2of4")
+    assert pairs.bits_per_weight(192, 40) == pytest.approx((2 * 16 + 2 * 2) / 4) == pairs.bits_per_weight(192)
+    assert pairs.divides(192) and not pairs.divides(190) and parse_format("bf16-s50").divides(190)
 
 
 @pytest.mark.parametrize("name", ("bf16-r64", "fp32-r1"))
@@ -77,11 +87,13 @@ def test_factors_cost_what_is_stored(name: str) -> None:
     assert shape_of(fmt, payload) == (40, 192) == tuple(decode(fmt, payload).shape)
 
 
-@pytest.mark.parametrize("name", ("bf16-s90", "fp32-s1"))
+@pytest.mark.parametrize("name", ("bf16-s90", "fp32-s1", "bf16-2of4", "bf16-1of4"))
 def test_random_weights_have_the_zeros(name: str) -> None:
     fmt = parse_format(name)
-    payload = random_payload(fmt, 40, 192, torch.Generator().manual_seed(0))
-    assert int((payload["weight"] != 0).sum()) == fmt.kept(40, 192)
+    kept = random_payload(fmt, 40, 192, torch.Generator().manual_seed(0))["weight"] != 0
+    assert int(kept.sum()) == fmt.kept(40, 192)
+    if fmt.every:
+        assert set(kept.view(-1, fmt.every).sum(1).tolist()) == {fmt.kept(1, fmt.every)} and 0 < kept[:, 0].float().mean() < 1
 
 
 def test_a_product_does_not_depend_on_where_its_factors_lie() -> None:

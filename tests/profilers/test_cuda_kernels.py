@@ -81,6 +81,8 @@ def test_formats_that_words_cannot_hold_are_refused() -> None:
     ("name", "few", "many"),
     (
         ("bf16", {"dense"}, {"dense"}),
+        ("bf16-2of4", {"dense", "sparse24"}, {"dense", "sparse24"}),
+        ("bf16-r64", {"low-rank"}, {"low-rank"}),
         ("w4a16-g64", {"triton-few", "triton-many", "tinygemm", "gemlite"}, {"triton-many", "tinygemm", "gemlite"}),
         ("w3a16-g32-asym", {"triton-few", "triton-many"}, {"triton-many"}),
         ("w8a16", {"triton-few", "triton-many", "int8pack", "gemlite"}, {"triton-many", "int8pack", "gemlite"}),
@@ -101,8 +103,8 @@ def test_devices_do_not_share_kernels_and_reasons_are_given() -> None:
     assert refusals(fmt, 64, 64, 1, gpu).keys() | {entry.name for entry in supported(fmt, 64, 64, 1, gpu)} == {
         entry.name for entry in CUDA_KERNELS
     }
-    for entry in (*CUDA_KERNELS, Sparse24()):
-        if entry.name not in ("dense", "int8pack"):
+    for entry in CUDA_KERNELS:
+        if entry.name not in ("dense", "int8pack", "low-rank"):
             for name in check_device.FORMATS:
                 assert entry.supports(parse_format(name), 64, 128, 1, CPU) is not None, entry.name
     assert "needs fp8" in (Fp8().supports(parse_format("fp8-token"), 64, 64, 1, gpu) or "")
@@ -149,13 +151,13 @@ def test_tinygemm_packs_what_torch_unpacks() -> None:
 
 
 def test_sparse24_takes_pruned_weights_alone() -> None:
-    payload = check_device.payload_of(parse_format("bf16"), 16, 64)
-    kept = check_device.pruned(payload)["weight"]
-    assert is_24(kept) and not is_24(payload["weight"])
-    quads, pruned = payload["weight"].view(-1, 4).abs(), kept.view(-1, 4).abs()
-    assert torch.equal(pruned.sum(1), quads.sort(1).values[:, 2:].sum(1))
+    fmt = parse_format("bf16-2of4")
+    whole, kept = (check_device.payload_of(parse_format(name), 16, 64) for name in ("bf16", "bf16-2of4"))
+    assert is_24(kept["weight"]) and not is_24(whole["weight"])
     with pytest.raises(ValueError, match="prune them first"):
-        Sparse24().prepare(parse_format("bf16"), payload, absent_gpu())
+        Sparse24().prepare(fmt, whole, absent_gpu())
+    for other in ("bf16", "bf16-s50", "bf16-1of4", "fp16-2of4"):
+        assert "bf16-2of4 only" in (Sparse24().supports(parse_format(other), 64, 64, 1, absent_gpu()) or "")
 
 
 class _Lazy:
