@@ -181,20 +181,12 @@ def fit_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions],
     contended = False
     with session.progress.bar("whole-model runs") as update:
         for index, (_, policy) in enumerate(policies):
-            models = {"dense": dense, "policy": engine.materialize(session.rounded_edits(policy))}
-            run = end_to_end.measure(
-                models,
-                workload,
-                target,
-                rounds=MAP_ROUNDS,
-                min_rounds=5,
-                budget_s=5.0,
-                cache=cache,
-                notify=session.progress.say,
-            )
-            contended = contended or run["policy"].contended
-            dense_runs.append(run["dense"])
-            ratios.append(run["policy"].ratio_to(run["dense"]))
+            model = engine.materialize(session.rounded_edits(policy))
+            options = {"rounds": MAP_ROUNDS, "cache": cache, "notify": session.progress.say}
+            reference, run = end_to_end.compare(dense, model, workload, target, **options)
+            contended = contended or run.contended
+            dense_runs.append(reference)
+            ratios.append(run.ratio_to(reference))
             update(index + 1, len(policies))
     level = float(np.median([run.median_ms for run in dense_runs]))
     lo, hi = float(np.median([run.lo_ms for run in dense_runs])), float(np.median([run.hi_ms for run in dense_runs]))

@@ -15,9 +15,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from torch import nn
 
 from methods.atomic import write_bytes, write_text
 from methods.policy import DENSE, Decision, Policy
@@ -25,7 +25,6 @@ from predictors.intervals import spearman
 from predictors.latency import LatencyModel
 from profilers import end_to_end
 from profilers.runtime import dense_candidates
-from profilers.workload import Workload
 from search.config import RunConfig, default_cache
 from search.files import content_key
 from search.prepared import SiteOptions
@@ -143,8 +142,8 @@ class Benchmark:
             for number, policy in enumerate(policies):
                 if policy.key() in fitted or (workload.name, policy.key()) in done:
                     continue
-                models = {"dense": dense[fit["dense_name"]], "policy": engine.materialize(self.session.rounded_edits(policy))}
-                result = self._result(place, workload, fit, policy, models)
+                model = engine.materialize(self.session.rounded_edits(policy))
+                result = self._result(place, fit, policy, dense[fit["dense_name"]], model)
                 found.append(result)
                 self._keep(result)
                 say(
@@ -153,12 +152,11 @@ class Benchmark:
                 )
         return found
 
-    def _result(self, place: int, workload: Workload, fit: Fit, policy: Policy, models: Mapping[str, Any]) -> Result:
+    def _result(self, place: int, fit: Fit, policy: Policy, reference: nn.Module, model: nn.Module) -> Result:
+        workload = self.session.config.workloads[place]
         bound = LatencyModel.from_dict(fit["map"]).predict(summed(self.sites[place], fit["scales"], policy))
-        runs = end_to_end.measure(
-            models, workload, self.session.target, rounds=self.options.rounds, cache=self.session.config.cache_folder
-        )
-        own, dense = runs["policy"], runs["dense"]
+        options = {"rounds": self.options.rounds, "cache": self.session.config.cache_folder}
+        dense, own = end_to_end.compare(reference, model, workload, self.session.target, **options)
         return Result(
             workload=workload.name,
             policy=policy.key(),
@@ -234,7 +232,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of what is measured, of the summary and of the figure")
     parser.add_argument("--model", default="default")
     parser.add_argument("--policies", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=20_000, help="of the policies; the maps' own are of seed 0")
     parser.add_argument("--cache", type=Path, default=default_cache())
