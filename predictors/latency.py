@@ -18,6 +18,7 @@ Floats = NDArray[np.float64]
 MIN_RUNS = 3
 _PENALTIES = (1e-3, 1e-2, 1e-1)
 _PAYS = 0.95  # an extra term has to lower the leave-one-out error by this factor, or it is not worth a coefficient
+_FLOOR = 0.02  # relative: what policies differ by that the form cannot say, however well a run was measured
 _VERSION = 1
 
 
@@ -74,8 +75,13 @@ class LatencyModel:
 
     @cached_property
     def _half_width(self) -> float:
-        """Relative half-width at zero leverage; never below the measurements' own noise."""
+        """Relative half-width at zero leverage for a run that is as disturbed as these were; never below the measurements' own noise.
+
+        Residuals are taken in units of what each run was expected to be off by (Lei et al. 2018, section 5.2).
+        """
+        unsteady = _unsteadiness(self.runs)
         scaled = np.array(self.residuals) / np.sqrt(1 + np.array(_leverages(self.runs, self.terms, self.penalty)))
+        scaled *= float(np.sqrt(np.mean(unsteady**2))) / unsteady
         noise = float(np.median([(run.hi - run.lo) / (2 * run.measured_ms) for run in self.runs]))
         return max(conformal_half_width(scaled, self.coverage), noise)
 
@@ -185,6 +191,7 @@ class LatencyModel:
 def fit_latency(runs: Sequence[Run], coverage: float = 0.9) -> LatencyModel:
     """Fits the map by least squares on relative errors, with an extra term only where leave-one-out says that it pays.
 
+    A run that was disturbed, whose own interval is wide, counts less.
     Extra terms are ridge-penalised, one at most for every four runs. Raises ValueError on fewer than 3 runs, on runs whose kernel
     sums do not differ, and where more kernel time does not mean more latency (the table is then not of this machine).
     """
@@ -249,9 +256,16 @@ def _design(runs: Sequence[Run], names: tuple[str, ...]) -> Floats:
 
 
 def _weighted(runs: Sequence[Run], names: tuple[str, ...]) -> tuple[Floats, Floats]:
-    """Design and target, each row divided by its latency so that errors are relative."""
-    measured = np.array([run.measured_ms for run in runs])
-    return _design(runs, names) / measured[:, None], np.ones(len(runs))
+    """Design and target, each row divided by its latency, so that errors are relative, and by how unsteady it was."""
+    by = np.array([run.measured_ms for run in runs]) * _unsteadiness(runs)
+    return _design(runs, names) / by[:, None], 1 / _unsteadiness(runs)
+
+
+def _unsteadiness(runs: Sequence[Run]) -> Floats:
+    """Each run's expected error relative to that of the median run: its own interval, and what no measurement can take away."""
+    own = np.array([(run.hi - run.lo) / (2 * run.measured_ms) for run in runs])
+    error: Floats = np.hypot(own, _FLOOR)
+    return error / float(np.median(error))
 
 
 def _inverse(matrix: Floats, penalty: float) -> Floats:

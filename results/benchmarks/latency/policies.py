@@ -234,7 +234,7 @@ def main() -> int:
     parser.add_argument("--policies", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=20_000, help="of the policies; the maps' own are of seed 0")
+    parser.add_argument("--seed", type=int, default=40_000, help="of the policies; the maps' own are of seed 0")
     parser.add_argument("--cache", type=Path, default=default_cache())
     benchmark = Benchmark(parser.parse_args())
     results = benchmark.run()
