@@ -75,13 +75,8 @@ class LatencyModel:
 
     @cached_property
     def _half_width(self) -> float:
-        """Relative half-width at zero leverage for a run that is as disturbed as these were; never below the measurements' own noise.
-
-        Residuals are taken in units of what each run was expected to be off by (Lei et al. 2018, section 5.2).
-        """
-        unsteady = _unsteadiness(self.runs)
+        """Relative half-width at zero leverage; never below the measurements' own noise."""
         scaled = np.array(self.residuals) / np.sqrt(1 + np.array(_leverages(self.runs, self.terms, self.penalty)))
-        scaled *= float(np.sqrt(np.mean(unsteady**2))) / unsteady
         noise = float(np.median([(run.hi - run.lo) / (2 * run.measured_ms) for run in self.runs]))
         return max(conformal_half_width(scaled, self.coverage), noise)
 
@@ -191,7 +186,8 @@ class LatencyModel:
 def fit_latency(runs: Sequence[Run], coverage: float = 0.9) -> LatencyModel:
     """Fits the map by least squares on relative errors, with an extra term only where leave-one-out says that it pays.
 
-    A run that was disturbed, whose own interval is wide, counts less.
+    A run that was disturbed, whose own interval is wide, counts less; its residual counts as any other's, since the next run may be
+    disturbed as well.
     Extra terms are ridge-penalised, one at most for every four runs. Raises ValueError on fewer than 3 runs, on runs whose kernel
     sums do not differ, and where more kernel time does not mean more latency (the table is then not of this machine).
     """
