@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -86,21 +86,26 @@ class Measurement:
 
         Where one of them was contended or too few rounds are left, CPU time is compared.
         """
-        ratios = sorted(ours / theirs for ours, theirs in self._pairs(reference))
+        ratios = sorted(ours / theirs for ours, theirs in by_round((self, reference)))
         return Ratio(quantile(ratios, 0.5), *median_interval(ratios))
 
     def minus(self, reference: Measurement) -> tuple[float, float, float]:
         """By how many ms this model's step is longer than another's of the same run, with the 95 % interval; paired as a ratio is."""
-        differences = sorted(1e3 * (ours - theirs) for ours, theirs in self._pairs(reference))
+        differences = sorted(1e3 * (ours - theirs) for ours, theirs in by_round((self, reference)))
         return quantile(differences, 0.5), *median_interval(differences)
 
-    def _pairs(self, reference: Measurement) -> list[tuple[float, float]]:
-        ours, theirs = dict(self.samples.seconds()), dict(reference.samples.seconds())
-        both = ours.keys() & theirs.keys()
-        if self.contended or reference.contended or len(both) < len(self.samples.all) / 4:
-            ours, theirs = ({sample.turn: sample.cpu for sample in found.samples.all} for found in (self, reference))
-            both = ours.keys() & theirs.keys()
-        return [(ours[turn], theirs[turn]) for turn in both]
+
+def by_round(runs: Sequence[Measurement]) -> list[tuple[float, ...]]:
+    """Seconds of all models in every round in which none was interrupted; of one interleaved run.
+
+    CPU time of all rounds where one of them was contended or too few rounds are left: two clocks are never mixed.
+    """
+    found = [dict(run.samples.seconds()) for run in runs]
+    shared = set.intersection(*(set(own) for own in found))
+    if any(run.contended for run in runs) or len(shared) < len(runs[0].samples.all) / 4:
+        found = [{sample.turn: sample.cpu for sample in run.samples.all} for run in runs]
+        shared = set.intersection(*(set(own) for own in found))
+    return [tuple(own[turn] for own in found) for turn in sorted(shared)]
 
 
 def measure(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from methods.model.structure import Structure
-from profilers.end_to_end import Measurement
+from profilers.end_to_end import Measurement, by_round
 from profilers.timer import median_interval, quantile
 
 
@@ -43,12 +43,7 @@ def saving(dense: Measurement, dense_short: Measurement, policy: Measurement, po
     """(dense - its shorter form) - (policy - its shorter form), all four of one interleaved run, round by round.
 
     What both lengths have (embedding, head, what the framework does once) cancels, and what both policies have in a block does too.
-    Wall time of rounds that were interrupted in none of the four, CPU time of all where too few of those are left.
     """
-    runs = [dict(run.samples.seconds()) for run in (dense, dense_short, policy, policy_short)]
-    turns = set.intersection(*(set(run) for run in runs))
-    if len(turns) < len(dense.samples.all) / 4:
-        runs = [{s.turn: s.cpu for s in run.samples.all} for run in (dense, dense_short, policy, policy_short)]
-        turns = set(runs[0])
-    differences = sorted(1e3 * ((a[turn] - b[turn]) - (c[turn] - d[turn])) for a, b, c, d in [runs] for turn in turns)
+    rounds = by_round((dense, dense_short, policy, policy_short))
+    differences = sorted(1e3 * ((a - b) - (c - d)) for a, b, c, d in rounds)
     return Saving(quantile(differences, 0.5), *median_interval(differences))

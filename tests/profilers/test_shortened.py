@@ -49,3 +49,6 @@ def test_a_saving_is_the_difference_of_differences_round_by_round() -> None:
     assert saving(*disturbed).ms == pytest.approx(3.0)
     lost = [_run([base + d for d in drift], (0, 1, 2, 3, 4)) for base in (20.0, 12.0, 15.0, 10.0)]
     assert saving(*lost).ms == pytest.approx(2.7)  # CPU time of all rounds
+    # One that was contended is known by its CPU time alone, and is not to be held against the wall time of the others.
+    mixed = [runs[0], _run([12.0 + d for d in drift], (0, 1, 2)), *runs[2:]]
+    assert saving(*mixed).ms == pytest.approx(2.7)

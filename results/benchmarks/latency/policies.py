@@ -116,7 +116,6 @@ class Benchmark:
         self.session = Session(config, Progress())
         self.table = price(self.session)
         self.sites = priced_sites(self.session, self.table)
-        # Any choice that a kernel runs may be asked for, those included that a search would drop before calibration.
         self.path = options.out / "measured.jsonl"
 
     def fits(self) -> list[Fit]:
