@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from profilers import clocks, random_models
-from profilers.checks import summary
+from profilers.checks import MOST_DRIFT, summary
 from profilers.duration import parse_duration
 from profilers.operators import OPERATORS, footprint, kind_of
 from profilers.plan import FIRST_ROWS, FORMATS, MODELS, by_shape, cells, log_uniform, operators, read_shapes
@@ -21,6 +21,7 @@ from profilers.resolution import look_up
 from profilers.sweep import measure
 from profilers.table import Check, KernelKey, LatencyTable
 from profilers.target import Target, digest_of, local_cpu
+from profilers.timer import exclusive
 
 REFERENCE = KernelKey("linear", "bf16", 1, 2048, 2048)
 """What tells whether the device is still in the state that it was in."""
@@ -32,6 +33,7 @@ REPEATED = 10
 """One cell of so many is measured again at the end, unless a sweep says otherwise."""
 
 _COPIES = 4
+_LOOKS = 3
 
 Say = Callable[[str], None]
 Count = Callable[[int, int], None]
@@ -50,7 +52,8 @@ def sweep(
     lock_folder: Path | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> list[KernelKey]:
-    """Measures the cells that the table misses, in their order, then random models, and one in `repeated` cells again.
+    """Measures the cells that the table misses, in their order, then random models, what something disturbed once more, and one in
+    `repeated` cells again.
 
     Returns what the budget left; what is too large for the memory is not among it.
 
@@ -58,12 +61,14 @@ def sweep(
     progress: (cells done, of).
     """
     begin, first_s = now(), budget_s * (1 - 1.2 / (repeated + 1.2))  # what is left is for measuring again
+
+    def until(seconds: float) -> Callable[[object], bool]:
+        return lambda _: now() - begin <= seconds
+
     todo = [key for key in table.missing(keys) if fits(target, key)]
     groups = by_shape(todo)
     looked, done = -math.inf, 0
-    for group in groups:
-        if now() - begin > first_s:
-            break
+    for group in itertools.takewhile(until(first_s), groups):
         if now() - looked > BLOCK_S:
             table.add_checks(_drift(target, table, notify, lock_folder))
             looked = now()
@@ -72,11 +77,12 @@ def sweep(
         if progress:
             progress(done, len(todo))
     fitting = [model for model in models if model.fits(target)]
-    for model in itertools.takewhile(lambda _: now() - begin <= first_s, fitting):
+    for model in itertools.takewhile(until(first_s), fitting):
         random_models.measure(target, model, table, notify=notify, lock_folder=lock_folder)
-    for group in by_shape([key for key in keys if fits(target, key)]):
-        if now() - begin > budget_s:
-            break
+    disturbed = by_shape([key for key in keys if _disturbed(table, key)])
+    for group in itertools.takewhile(until(first_s), disturbed):
+        _better(target, group, table, notify, lock_folder)
+    for group in itertools.takewhile(until(budget_s), by_shape([key for key in keys if fits(target, key)])):
         if _to_repeat(group[0], repeated) and table.has(group[0]) and not _checked(table, group):
             table.add_checks(_again(target, group, table, notify, lock_folder))
     if todo:
@@ -115,13 +121,36 @@ def _again(
     return found
 
 
+def _disturbed(table: LatencyTable, key: KernelKey) -> bool:
+    return any(timing.disturbed for timing in table.timings(key).values())
+
+
+def _better(
+    target: Target, group: Sequence[KernelKey], table: LatencyTable, notify: Say | None, lock_folder: Path | None
+) -> None:
+    """Another measurement of cells, of which what was not disturbed counts from now on."""
+    fresh = _fresh(target, group, table, notify, lock_folder)
+    with exclusive(lock_folder or table.folder, notify):
+        table.add(row for row in fresh.rows.values() if row.timing is not None and not row.timing.disturbed)
+
+
 def _drift(target: Target, table: LatencyTable, notify: Say | None, lock_folder: Path | None) -> list[Check]:
-    """The reference cell now, against the first time in this table."""
-    fresh = _fresh(target, [REFERENCE], table, notify, lock_folder)
-    kernel, timing = fresh.best(REFERENCE)
-    first = next((check.first_ms for check in table.checks if check.kind == "drift"), timing.median_ms)
-    row = fresh.rows[kernel, REFERENCE]
-    return [Check("drift", kernel, REFERENCE, first, timing.median_ms, row.size_bytes, row.load, clocks.read(target).mhz)]
+    """The reference cell now, against the first time in this table.
+
+    A device in another state stays in it, neighbours go: of a few looks the one that is nearest counts.
+    """
+    first = next((check.first_ms for check in table.checks if check.kind == "drift"), 0.0)
+    found: list[Check] = []
+    for _ in range(_LOOKS):
+        fresh = _fresh(target, [REFERENCE], table, notify, lock_folder)
+        kernel, timing = fresh.best(REFERENCE)
+        row, mhz = fresh.rows[kernel, REFERENCE], clocks.read(target).mhz
+        found.append(
+            Check("drift", kernel, REFERENCE, first or timing.median_ms, timing.median_ms, row.size_bytes, row.load, mhz)
+        )
+        if found[-1].ratio <= MOST_DRIFT[target.device] and not timing.disturbed:
+            break
+    return [min(reversed(found), key=lambda check: check.ratio)]
 
 
 def _fresh(

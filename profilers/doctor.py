@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,14 @@ from pathlib import Path
 from methods.locks import try_lock
 from profilers import clocks
 from profilers.kernels.build import NoCompiler, compiled_for, compiler, kernel_folder
-from profilers.sweep import load_average
+from profilers.pace import SLOW, pace_of
+from profilers.sweep import load_average, torch_threads
 from profilers.target import Target, local_cpu, local_cuda, physical_cores
+from profilers.timer import quantile
 
 QUIET_LOAD = 0.5
+_LOOK_S = 0.5
+_SLOW_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ def doctor(cache: Path, threads: int | None = None) -> list[Finding]:
         *_governor(),
         *_quota(target.threads),
         *_clock(target),
+        _pace(target),
         *_cuda(),
         Finding("memory", target.memory_bytes >= 4 << 30, f"{target.memory_bytes / 2**30:.0f} GiB"),
         _writable("cache folder", cache),
@@ -65,6 +71,19 @@ def _clock(target: Target) -> Iterator[Finding]:
     mhz = clocks.read(target).mhz
     if not math.isnan(mhz):  # some virtual machines do not tell
         yield Finding("clock", True, f"{mhz:.0f} MHz now; recorded with every sweep")
+
+
+def _pace(target: Target) -> Finding:
+    """Half a second of it."""
+    readings = []
+    with torch_threads(target.threads):
+        pace, begin = pace_of(target), time.perf_counter()
+        while time.perf_counter() - begin < _LOOK_S:
+            readings.append(pace.now())
+    slow = sum(reading > SLOW for reading in readings) / len(readings)
+    detail = f"{quantile(sorted(readings), 0.5):.2f} times the yardstick's best, slow in {slow:.0%} of {_LOOK_S:g} s"
+    advice = "; something shares the cores or holds their clock back, timings wait for better moments and take longer"
+    return Finding("pace", slow <= _SLOW_SHARE, detail + (advice if slow > _SLOW_SHARE else ""))
 
 
 def _cuda() -> Iterator[Finding]:

@@ -6,7 +6,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +16,24 @@ from torch import nn
 
 from profilers import cuda_timer
 from profilers.kv_cache import new_cache
+from profilers.pace import pace_of
 from profilers.steps import FixedStep, Repeatable, Step, once
 from profilers.sweep import load_average, torch_threads
 from profilers.target import Target
-from profilers.timer import Call, Clock, Samples, SystemClock, Timing, exclusive, median_interval, quantile, take
+from profilers.timer import (
+    STRETCH_S,
+    Call,
+    Clock,
+    Pace,
+    Samples,
+    SystemClock,
+    Timing,
+    Watch,
+    exclusive,
+    median_interval,
+    quantile,
+    take,
+)
 from profilers.workload import Workload
 
 LEAD = 2
@@ -198,11 +212,12 @@ def time_steps(
     device: cuda_timer.Device | None = None,
 ) -> dict[str, Measurement]:
     """What `measure` does with the steps of its models; the caller holds the timing lock, torch's threads and inference mode."""
+    pace = pace_of(target).full if clock is None and target.device == "cpu" else None
     clock = clock or SystemClock()
     turns = partial(_turns, limits, progress, clock)
     if target.device == "cuda":
         return _on_cuda(steps, workload, turns, device or cuda_timer.CudaDevice(target))
-    return _on_cpu(steps, workload, turns, clock)
+    return _on_cpu(steps, workload, turns, clock, pace, limits.rounds)
 
 
 def _turns(limits: Limits, progress: Callable[[int, int], None] | None, clock: Clock) -> Iterator[int]:
@@ -216,18 +231,29 @@ def _turns(limits: Limits, progress: Callable[[int, int], None] | None, clock: C
 
 
 def _on_cpu(
-    steps: Mapping[str, Repeatable], workload: Workload, turns: cuda_timer.Turns, clock: Clock
+    steps: Mapping[str, Repeatable],
+    workload: Workload,
+    turns: cuda_timer.Turns,
+    clock: Clock,
+    pace: Pace | None,
+    rounds: int,
 ) -> dict[str, Measurement]:
+    """Before each turn a machine below its full pace is waited for, in all about as long as measuring takes."""
     samples = {name: Samples() for name in steps}
     lead, burst = _burst(workload)
+    begin = clock.wall()
     for step in steps.values():
         once(step)
+    watch = Watch(pace, clock, patience_s=(clock.wall() - begin) * rounds * (lead + burst))
     for turn in turns():
         for name in random.Random(turn).sample(sorted(steps), len(steps)):
+            watch.wait(STRETCH_S)
             for _ in range(lead):
                 once(steps[name])
             for place in range(burst):
-                samples[name].all.append(take(steps[name], turn * burst + place, clock))
+                since = clock.wall()
+                sample = take(steps[name], turn * burst + place, clock)
+                samples[name].all.append(replace(sample, slow=watch.slow(since)))
                 steps[name].reset()
     return {name: Measurement(found.timing(), found, load_average()) for name, found in samples.items()}
 

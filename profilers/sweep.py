@@ -28,6 +28,7 @@ from profilers.kernels.catalogue import kernels
 from profilers.kernels.device import failures
 from profilers.kernels.kernel import LinearKernel, Payload, Prepared
 from profilers.operators import OPERATORS, Operator, kind_of
+from profilers.pace import pace_of
 from profilers.table import KernelKey, LatencyTable, Row
 from profilers.target import Target
 from profilers.timer import Call, Clock, Samples, exclusive, interleave
@@ -38,6 +39,8 @@ COLD_ROWS = 64
 _MOST_COPIES = 512
 _MOST_OPERATIONS = 256  # of operators in a CUDA graph: reading a packed cache is dozens of kernels
 _CELL_S = 0.25
+_PATIENCE = 6.0
+"""How much longer than a cell's measurement is waited for a machine that is not at its full pace."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +252,8 @@ def _timed(target: Target, ready: Sequence[_Candidate], clock: Clock | None) -> 
         min_rounds=4,
         budget_s=_CELL_S * len(ready),
         clock=clock,
+        pace=None if clock else pace_of(target).full,
+        patience_s=_PATIENCE * _CELL_S * len(ready),
     )
     return [_measured(c, samples[str(index)], c.few and not c.hot) for index, c in enumerate(ready)]
 

@@ -5,6 +5,7 @@ Everything here can be made again.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from search.config import ConfigError
 KINDS: Mapping[str, str] = {
     "models": "GGUF models, converted",
     "tables": "measured kernel times of this machine",
+    "pace": "the best pace of this machine's cores",
     "generated": "text that models wrote themselves",
     "rotations": "rotations that were learned",
     "kernels": "compiled kernels",
@@ -208,9 +210,16 @@ def _compiled(path: Path) -> str:
     return "" if not checksum.exists() or checksum.read_text() == sha256(path) else "it is damaged: its checksum does not fit"
 
 
+def _pace(path: Path) -> str:
+    from profilers.pace import best_in
+
+    return "" if math.isfinite(best_in(path)) else "it does not say how fast the machine was; it is measured again"
+
+
 _CHECKS: Mapping[str, Callable[[Path], str]] = {
     "models": _model,
     "tables": _table,
+    "pace": _pace,
     "generated": _tensors,
     "rotations": _tensors,
     "kernels": _compiled,

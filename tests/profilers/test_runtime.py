@@ -298,6 +298,25 @@ def test_whole_models_are_timed_in_turns(workload: Workload) -> None:
     assert found["small"].ratio_to(found["small"]).mid == 1.0
 
 
+def test_steps_on_a_slow_machine_do_not_count_where_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look finds the machine slow for a while; waiting for it ends."""
+    looks: list[bool] = []
+
+    class Moody:
+        def full(self) -> bool:
+            looks.append(len(looks) % 40 >= 20)
+            return looks[-1]
+
+    monkeypatch.setattr(end_to_end, "pace_of", lambda target: Moody())
+    model = tiny_model("llama")
+    found = end_to_end.measure({"a": model, "b": model}, Workload(context=12), TARGET, rounds=8)
+    samples = found["a"].samples
+    assert 0 < sum(sample.slow for sample in samples.all) < len(samples.all) == 8 * end_to_end.BURST
+    counting = dict(samples.seconds())
+    assert samples.contended or not any(sample.slow for sample in samples.all if sample.turn in counting)
+    assert len(looks) > 2 * len(samples.all)
+
+
 def test_a_decode_step_leaves_the_cache_as_it_was() -> None:
     model = tiny_model("mistral")
     ours = materialize(model, describe(model), {}, TARGET)

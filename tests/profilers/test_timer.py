@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from profilers.timer import Sample, Samples, exclusive, interleave, median_interval, quantile, take
+from profilers.timer import Sample, Samples, Watch, exclusive, interleave, median_interval, quantile, take
 
 
 class FakeClock:
@@ -108,6 +108,67 @@ def test_the_budget_ends_the_rounds_but_not_before_the_minimum() -> None:
     clock = FakeClock()
     samples = interleave({"a": [lambda: clock.work(1.0)]}, rounds=100, min_rounds=3, budget_s=1.5, clock=clock)
     assert len(samples["a"].all) == 3
+
+
+class Shared:
+    """A machine on which calls take twice as long while `slow(now)`, which a look at its pace (a tenth of a call) tells."""
+
+    def __init__(self, slow) -> None:
+        self.clock, self._slow = FakeClock(), slow
+
+    def call(self) -> None:
+        self.clock.work(0.2 if self._slow(self.clock.now) else 0.1)
+
+    def pace(self) -> bool:
+        self.clock.work(0.01)
+        return not self._slow(self.clock.now)
+
+    def timed(self, **options) -> Samples:
+        return interleave({"a": [self.call]}, clock=self.clock, pace=self.pace, **options)["a"]
+
+
+def test_what_a_slow_machine_took_is_taken_again() -> None:
+    found = Shared(lambda now: 1.05 < now < 4.0).timed(rounds=20, patience_s=10.0)
+    timing = found.timing()
+    assert sum(not sample.slow for sample in found.all) == 20 == timing.repeats
+    assert timing.p90_ms == pytest.approx(100) and timing.rejected > 0 and not timing.disturbed
+    assert any(sample.slow for sample in found.all)
+    assert all(sample.slow for sample in found.all if sample.wall > 0.11)
+
+
+def test_waiting_is_no_part_of_the_budget_and_ends_with_patience() -> None:
+    stretch = Shared(lambda now: 0.3 < now < 5.0)
+    assert 15 <= stretch.timed(rounds=50, min_rounds=1, budget_s=2.0, patience_s=30.0).timing().repeats <= 20
+    assert 6.5 < stretch.clock.now < 7.5
+    always = Shared(lambda now: True)
+    timing = always.timed(rounds=30, min_rounds=2, budget_s=2.0, patience_s=3.0).timing()
+    assert 5.0 < always.clock.now < 7.0
+    assert timing.disturbed and not timing.contended and timing.median_ms == pytest.approx(200)
+
+
+def test_before_something_long_the_pace_has_to_last() -> None:
+    """Full at every other look from 1 s on, and for good from 2 s: what is short takes the moments, what is long waits."""
+    taken = {}
+    for length_s in (0.0, 0.004):
+        clock, looks = FakeClock(), iter(range(10_000))
+
+        def pace(clock=clock, looks=looks) -> bool:
+            clock.work(0.001)
+            return clock.now > 2.0 or (clock.now > 1.0 and next(looks) % 2 == 0)
+
+        watch = Watch(pace, clock, 10.0)
+        assert watch.slow(clock.wall())
+        taken[length_s] = watch.wait(length_s)
+    assert taken[0.0] == pytest.approx(1.001, abs=2e-3) and taken[0.004] == pytest.approx(2.005, abs=2e-3)
+
+
+def test_samples_at_full_pace_count_alone_where_a_tenth_is() -> None:
+    def timing(n_fast: int):
+        return Samples([Sample(turn, 2.0 - (turn < n_fast), 1.0, False, turn >= n_fast) for turn in range(20)]).timing()
+
+    assert (timing(2).median_ms, timing(2).repeats, timing(2).disturbed) == (pytest.approx(1000), 2, False)
+    assert (timing(1).median_ms, timing(1).repeats, timing(1).disturbed) == (pytest.approx(2000), 20, True)
+    assert timing(2).rejected == pytest.approx(0.9)
 
 
 def test_quantiles_and_interval_by_hand() -> None:

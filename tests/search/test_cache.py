@@ -32,13 +32,15 @@ def cache(tmp_path: Path) -> Path:
     (tmp_path / "kernels/ef.so").write_bytes(b"\x7fELF....")
     LatencyTable.open(tmp_path / "tables", resolve("cpu"))
     (tmp_path / "tables/timing.lock").touch()
+    (tmp_path / "pace").mkdir()
+    (tmp_path / "pace/machine.json").write_text('{"yardstick_s": 2e-6}')
     (tmp_path / "mine.txt").write_text("not ours")
     return tmp_path
 
 
 def test_everything_is_listed_and_sound(cache: Path) -> None:
     found = items(cache, verify=True)
-    assert [item.kind for item in found] == ["models", "tables", "generated", "kernels"]
+    assert [item.kind for item in found] == ["models", "tables", "pace", "generated", "kernels"]
     assert all(item.size_bytes > 0 and item.problem == "" for item in found)
     assert found[0].size_bytes == sum(file.stat().st_size for file in (cache / "models/ab-v1").iterdir())
     assert items(cache / "nowhere") == []
@@ -50,9 +52,11 @@ def test_damage_is_found(cache: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (cache / "kernels/ef.so").write_bytes(b"")
     table = next((cache / "tables").glob("*.jsonl"))
     table.write_text(table.read_text() + "no row\n")
+    (cache / "pace/machine.json").write_text("{}")
     problems = {item.kind: item.problem for item in items(cache, verify=True)}
     assert "never finished" in problems["models"] and "damaged" in problems["generated"]
     assert "no shared library" in problems["kernels"] and "line 2 is not JSON" in problems["tables"]
+    assert "does not say how fast" in problems["pace"]
     assert main(["cache", "--cache", str(cache), "--verify"]) == 1
     assert "never finished" in capsys.readouterr().out
     assert main(["cache", "--cache", str(cache)]) == 0
@@ -61,7 +65,7 @@ def test_damage_is_found(cache: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_clearing_deletes_one_kind_or_all_and_nothing_else(cache: Path) -> None:
     size = items(cache)[0].size_bytes
     assert clear(cache, "models") == size
-    assert [item.kind for item in items(cache)] == ["tables", "generated", "kernels"]
+    assert [item.kind for item in items(cache)] == ["tables", "pace", "generated", "kernels"]
     assert clear(cache, "all") > 0
     assert items(cache) == [] and (cache / "mine.txt").exists() and (cache / "tables/timing.lock").exists()
     with pytest.raises(ConfigError, match="no kind 'everything'; there are models"):

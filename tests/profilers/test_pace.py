@@ -1,0 +1,71 @@
+"""The yardstick, on machines whose pace the tests set, and once on the real one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from profilers.pace import WINDOW, Pace, best_in, yardstick
+from profilers.sweep import measure, torch_threads
+from profilers.table import KernelKey, LatencyTable, header_of
+from profilers.target import local_cpu
+
+
+def made(seconds, kept: Path | None = None) -> Pace:
+    return Pace(iter(seconds).__next__, kept, first_s=0.0)
+
+
+def test_the_best_is_a_pace_and_not_a_moment() -> None:
+    pace = made([*[1.0] * (WINDOW - 1), 0.1, *[1.1] * 5, 1.3])
+    assert pace.best_s == 1.0
+    assert [pace.full() for _ in range(6)] == [True] * 5 + [False]
+
+
+def test_a_faster_pace_counts_from_then_on() -> None:
+    pace = made([*[2.0] * WINDOW, *[1.0] * WINDOW, 1.0, 2.0])
+    assert all(pace.full() for _ in range(WINDOW)) and pace.best_s == 1.0
+    assert pace.full() and not pace.full()
+
+
+def test_a_process_that_starts_on_a_busy_machine_knows_the_best(tmp_path: Path) -> None:
+    kept = tmp_path / "pace" / "machine.json"
+    assert made(itertools.repeat(1.0), kept).full() and best_in(kept) == 1.0
+    assert not made(itertools.repeat(1.5), kept).full()
+    assert best_in(kept) == 1.0
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"yardstick_s": -1}', '{"yardstick_s": "fast"}'])
+def test_a_damaged_file_is_made_anew(tmp_path: Path, text: str) -> None:
+    kept = tmp_path / "machine.json"
+    kept.write_text(text)
+    made(itertools.repeat(3.0), kept)
+    assert json.loads(kept.read_text()) == {"yardstick_s": 3.0}
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert made(itertools.repeat(1.0), tmp_path / "file" / "machine.json").full()
+
+
+def test_the_real_yardstick_reads_microseconds() -> None:
+    for threads in (1, 2):
+        with torch_threads(threads):
+            read = yardstick(threads)
+            assert 1e-7 < min(read() for _ in range(20)) < 1e-2
+
+
+def test_a_sweep_asks_for_the_pace_of_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a cell whose machine was never at full pace says that it was disturbed."""
+    target, asked = local_cpu(2), []
+    slow = made([*[1.0] * WINDOW, *itertools.repeat(9.0, 10_000_000)])
+    monkeypatch.setattr("profilers.sweep.pace_of", lambda of: asked.append(of) or slow)
+    monkeypatch.setattr("profilers.sweep._PATIENCE", 0.01)
+    table = LatencyTable("0" * 16, "here", header=header_of(target))
+    key = KernelKey("linear", "bf16", 1, 64, 64)
+    measure(replace(target, fingerprint="0" * 16), [key], table)
+    assert asked and asked[0].threads == 2
+    assert all(timing.disturbed for timing in table.timings(key).values())
