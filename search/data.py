@@ -7,7 +7,7 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,14 +125,16 @@ def _hub_documents(source: str) -> list[str]:
 def split_documents(documents: Sequence[str], shares: Mapping[str, int], seed: int) -> dict[str, list[str]]:
     """Disjoint documents for each role, in proportion to `shares`.
 
-    Few long documents are cut at blank lines first, so that one text file serves all roles.
+    Few long documents are cut first, at blank lines, and what is long without one at the ends of lines or words, so that one text file
+    serves all roles.
     """
     if len(documents) < 64:
-        documents = [part for document in documents for part in re.split(r"\n\s*\n", document) if part.strip()]
+        size = _run_size(documents)
+        parts = [part for document in documents for part in re.split(r"\n\s*\n", document)]
+        documents = [piece for part in parts for piece in _pieces(part, size) if piece.strip()]
     unique = list(dict.fromkeys(documents))
     # Neighbouring paragraphs stay together: runs of them are dealt out, so that sequences read like text.
-    total = sum(len(document) for document in unique)
-    runs = _runs(unique, max(2000, total // 256))
+    runs = _runs(unique, _run_size(unique))
     random.Random(seed).shuffle(runs)
     result: dict[str, list[str]] = {role: [] for role in shares}
     filled = dict.fromkeys(shares, 0)
@@ -141,6 +143,21 @@ def split_documents(documents: Sequence[str], shares: Mapping[str, int], seed: i
         result[role].extend(run)
         filled[role] += sum(len(document) for document in run)
     return result
+
+
+def _run_size(documents: Sequence[str]) -> int:
+    return max(2000, sum(len(document) for document in documents) // 256)
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    """Of `size` characters at most, cut after a line where one ends in the second half, else after a word, else anywhere."""
+    begin = 0
+    while len(text) - begin > size:
+        ends = (text.rfind(mark, begin + size // 2, begin + size) for mark in ("\n", " "))
+        end = next((found + 1 for found in ends if found >= 0), begin + size)
+        yield text[begin:end].rstrip()
+        begin = end
+    yield text[begin:]
 
 
 def _runs(documents: Sequence[str], size: int) -> list[list[str]]:

@@ -58,6 +58,18 @@ def test_one_long_text_is_cut_at_blank_lines() -> None:
     assert not set(parts["calibrate"]) & set(parts["report"])
 
 
+@pytest.mark.parametrize("mark", ["\n", " ", ""])
+def test_a_text_without_blank_lines_serves_all_roles_too(mark: str) -> None:
+    """Cut after lines, else after words, else anywhere; nothing is lost but what stands where it was cut."""
+    words = [f"{i:06d}" for i in range(30_000)]
+    parts = split_documents([mark.join(words)], SHARES, seed=0)
+    sizes = {role: sum(map(len, part)) for role, part in parts.items()}
+    assert sizes["calibrate"] == pytest.approx(2 * sizes["report"], rel=0.3)
+    found = [piece for part in parts.values() for piece in part]
+    assert sum(map(len, found)) == pytest.approx(len(mark.join(words)), rel=1e-3)
+    assert not mark or sorted(word for piece in found for word in piece.split()) == words
+
+
 def test_lines_that_the_report_has_are_taken_from_the_other_roles() -> None:
     line = "this very long line stands in two corpora, word by word, and must not be calibrated on"
     texts = {"calibrate": [f"own\n{line}\nmore"], "report": [line]}
