@@ -42,7 +42,7 @@ void decode_looked_up(const Layer& l, void* out, int bf16);
 namespace {
 using namespace vectors;
 constexpr int TILES = 2, PANEL = TILE * TILES;
-constexpr int64_t AHEAD = 2048;  // bytes: the hardware prefetcher stops at pages, so ask for the stream ourselves
+constexpr int64_t AHEAD = 6144;  // bytes: the hardware prefetcher stops at pages, so ask for the stream ourselves, 100 ns and more ahead
 
 // ---- codes
 template <int BITS> struct Code {
@@ -334,6 +334,7 @@ template <int BITS, class Rule> void multiply(const Layer& l, const void* x, con
 
 template <int BITS, int PARTS> void run(const Layer& l, const void* x, void* y, int64_t m) {
   static thread_local Scratch s;
+  for (int64_t ahead = 0; ahead < AHEAD; ahead += 64) __builtin_prefetch(l.stream + ahead);  // while activations are rounded
   const bool int8 = l.act_bits == 8;
   const size_t code_bytes = m * l.k * (int8 ? 1 : 2);
   if (s.codes.size() < code_bytes) s.codes.resize(code_bytes);
