@@ -110,7 +110,7 @@ class Measurement:
 
 
 def by_round(runs: Sequence[Measurement]) -> list[tuple[float, ...]]:
-    """Seconds of all models in every round in which none was interrupted; of one interleaved run.
+    """Seconds of all models in every round in which none was interrupted or slow; of one interleaved run.
 
     CPU time of all rounds where one of them was contended or too few rounds are left: two clocks are never mixed.
     """
