@@ -20,7 +20,7 @@ def made(seconds, kept: Path | None = None) -> Pace:
 
 
 def test_the_best_is_a_pace_and_not_a_moment() -> None:
-    pace = made([*[1.0] * (WINDOW - 1), 0.1, *[1.1] * 5, 1.3])
+    pace = made([*[1.0] * (WINDOW - 1), 0.1, *[1.2] * 5, 1.3])
     assert pace.best_s == 1.0
     assert [pace.full() for _ in range(6)] == [True] * 5 + [False]
 
