@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from profilers import clocks, random_models
-from profilers.checks import MOST_DRIFT, summary
+from profilers.checks import summary
 from profilers.duration import parse_duration
 from profilers.operators import OPERATORS, footprint, kind_of
 from profilers.plan import FIRST_ROWS, FORMATS, MODELS, by_shape, cells, log_uniform, operators, read_shapes
@@ -135,22 +135,15 @@ def _better(
 
 
 def _drift(target: Target, table: LatencyTable, notify: Say | None, lock_folder: Path | None) -> list[Check]:
-    """The reference cell now, against the first time in this table.
-
-    A device in another state stays in it, neighbours go: of a few looks the one that is nearest counts.
-    """
-    first = next((check.first_ms for check in table.checks if check.kind == "drift"), 0.0)
-    found: list[Check] = []
+    """The reference cell now, against the first time in this table; what something disturbed is looked at again, a few times at most."""
     for _ in range(_LOOKS):
         fresh = _fresh(target, [REFERENCE], table, notify, lock_folder)
         kernel, timing = fresh.best(REFERENCE)
-        row, mhz = fresh.rows[kernel, REFERENCE], clocks.read(target).mhz
-        found.append(
-            Check("drift", kernel, REFERENCE, first or timing.median_ms, timing.median_ms, row.size_bytes, row.load, mhz)
-        )
-        if found[-1].ratio <= MOST_DRIFT[target.device] and not timing.disturbed:
+        if not timing.disturbed:
             break
-    return [min(reversed(found), key=lambda check: check.ratio)]
+    first = next((check.first_ms for check in table.checks if check.kind == "drift"), timing.median_ms)
+    row = fresh.rows[kernel, REFERENCE]
+    return [Check("drift", kernel, REFERENCE, first, timing.median_ms, row.size_bytes, row.load, clocks.read(target).mhz)]
 
 
 def _fresh(
