@@ -41,12 +41,11 @@ template <int CHUNKS> void head(const Attention& a, int64_t b, int64_t h, float*
 }
 
 template <int CHUNKS> void attend(const Attention& a) {
-#pragma omp parallel for schedule(static) num_threads(a.threads) if (a.threads > 1)
-  for (int64_t i = 0; i < a.batch * a.heads; i++) {
+  share(a.batch * a.heads, a.threads, [&](int64_t i) __attribute__((noinline)) {
     static thread_local std::vector<float> weights;
     if (weights.size() < (size_t)a.length + 16) weights.resize(a.length + 1024);
     head<CHUNKS>(a, i / a.heads, i % a.heads, weights.data());
-  }
+  });
 }
 }  // namespace
 

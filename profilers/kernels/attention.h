@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 
+#include "threads.h"
 #include "vectors.h"
 
 extern "C" struct Attention {  // attention.py declares the same fields; strides in elements, a head's channels are contiguous

@@ -22,7 +22,7 @@ Isa = Literal["native", "avx2", "portable"]
 
 _NAMES = (
     *("grouped.cpp", "lookup.cpp", "csr.cpp", "lowrank.cpp", "attention.cpp", "prompt.cpp", "norm.cpp"),
-    *("panels.h", "attention.h", "vectors.h"),
+    *("panels.h", "attention.h", "threads.h", "vectors.h"),
 )
 SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 _MACHINE: dict[Isa, tuple[str, ...]] = {

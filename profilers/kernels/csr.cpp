@@ -8,6 +8,7 @@
 #define GATHER 1
 #endif
 
+#include "threads.h"
 #include "vectors.h"
 
 extern "C" struct Sparse {  // csr.py declares the same fields
@@ -51,12 +52,12 @@ void one(const Sparse& w, const void* x, void* y) {
   if ((int64_t)scratch.size() < w.k) scratch.resize(w.k);
   float* wide = scratch.data();
   for (int64_t i = 0; i < w.k; i += TILE) store(wide + i, load_x(x, i, w.bf16));
-#pragma omp parallel for schedule(static) num_threads(w.threads) if (w.threads > 1)
-  for (int64_t c = 0; c < w.n; c += TILE) {
+  share((w.n + TILE - 1) / TILE, w.threads, [&](int64_t t) __attribute__((noinline)) {
+    const int64_t c = t * TILE;
     F16 out = {};
     for (int64_t lane = 0; lane < TILE && c + lane < w.n; lane++) out[lane] = gathered(w, wide, c + lane);
     write_tile(w, y, 0, c, out);
-  }
+  });
 }
 
 // Rows `row` to `row + rows` of x, at most 16 * V, which lie transposed (k, 16 * V) in xt.
@@ -77,20 +78,20 @@ template <int V> void tile(const Sparse& w, const float* xt, int64_t c, int64_t 
 
 template <int V> int64_t several(const Sparse& w, const void* x, int64_t row, int64_t m, float* xt, void* y) {
   const int64_t rows = m - row < 16 * V ? m - row : 16 * V;
-#pragma omp parallel for schedule(static) num_threads(w.threads) if (w.threads > 1)
-  for (int64_t i = 0; i < w.k; i += TILE)
-    for (int64_t r = 0; r < 16 * V; r++) {
+  share((w.k + TILE - 1) / TILE, w.threads, [&](int64_t t) __attribute__((noinline)) {
+    for (int64_t i = t * TILE, r = 0; r < 16 * V; r++) {
       const F16 part = r < rows ? load_x(x, (row + r) * w.k + i, w.bf16) : F16{};
       for (int j = 0; j < TILE; j++) xt[(i + j) * 16 * V + r] = part[j];
     }
-#pragma omp parallel for schedule(static) num_threads(w.threads) if (w.threads > 1)
-  for (int64_t c = 0; c < w.n; c += TILE) tile<V>(w, xt, c, row, rows, y);
+  });
+  share((w.n + TILE - 1) / TILE, w.threads, [&](int64_t t) __attribute__((noinline)) { tile<V>(w, xt, t * TILE, row, rows, y); });
   return row + rows;
 }
 }  // namespace
 
-// x (m, k) and y (m, n): bf16 where w->bf16, fp32 otherwise; contiguous
-extern "C" void isolatency_csr(const Sparse* w, const void* x, void* y, int64_t m) {
+// x (m, k), in all so many numbers, and y (m, n): bf16 where w->bf16, fp32 otherwise; contiguous
+extern "C" void isolatency_csr(const Sparse* w, const void* x, void* y, int64_t numbers) {
+  const int64_t m = numbers / w->k;
   if (m == 1) return one(*w, x, y);
   static thread_local std::vector<float> scratch;
   const size_t size = w->k * 16 * WIDEST;

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from methods.formats.format import Format
-from profilers.kernels.build import SOURCES, Isa
+from profilers.kernels.build import Isa
 from profilers.kernels.dense import multiplied_in
-from profilers.kernels.grouped import address, bind, padded, refuses_build
 from profilers.kernels.kernel import Payload, Prepared, hash_of
+from profilers.kernels.native import FILES, NativeLinear, padded, refuses_build
 from profilers.target import Target
 
 LEAST_ZEROS = 90
@@ -34,31 +34,24 @@ class Sparse(ctypes.Structure):
     )
 
 
-class CsrLinear:
+class CsrLinear(NativeLinear):
     """A weight (n, k): values (kept + 16,) bf16 or fp32 row after row, their columns int16 as unsigned, starts (n + 1,) int32."""
+
+    __slots__ = ("columns", "starts", "values")
+
+    layer: Sparse
 
     def __init__(
         self, layer: Sparse, values: Tensor, columns: Tensor, starts: Tensor, bias: Tensor | None, isa: Isa = "native"
     ) -> None:
-        self.layer, self.values, self.columns, self.starts, self.bias, self.isa = layer, values, columns, starts, bias, isa
+        super().__init__("isolatency_csr", layer, bias, isa)
+        self.values, self.columns, self.starts = values, columns, starts
         layer.values, layer.columns, layer.starts = values.data_ptr(), columns.data_ptr(), starts.data_ptr()
-        layer.bias = address(bias)
-        self._address = ctypes.addressof(layer)
-        self._run = bind(isa, "isolatency_csr", 3, 1)
-        self._n, self._k = int(layer.n), int(layer.k)
-        self._dtype = torch.bfloat16 if layer.bf16 else torch.float32
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """See `Prepared`; x of another dtype is converted."""
-        x = x.to(self._dtype).contiguous()
-        y = torch.empty((*x.shape[:-1], self._n), dtype=self._dtype)
-        self._run(self._address, x.data_ptr(), y.data_ptr(), x.numel() // self._k)
-        return y
 
     def dequant(self) -> Tensor:
         """See `Prepared`."""
         rows = torch.repeat_interleave(torch.arange(self._n), self.starts.diff().long())
-        weight = torch.zeros(self._n, self._k)
+        weight = torch.zeros(self._n, int(self.layer.k))
         weight[rows, self.columns[:-_BEYOND].long() & (_COLUMNS - 1)] = self.values[:-_BEYOND].float()
         return weight
 
@@ -133,4 +126,4 @@ class Csr:
         return CsrLinear(layer, values, columns, starts, padded(bias), self.isa)
 
 
-_HASH = hash_of(*map(str, SOURCES), __file__)
+_HASH = hash_of(*FILES, __file__)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from methods.formats.format import Format
-from profilers.kernels.build import SOURCES, Isa
-from profilers.kernels.grouped import Grouped, PackedLinear, bind
+from profilers.kernels.build import Isa
+from profilers.kernels.grouped import Grouped, PackedLinear
 from profilers.kernels.kernel import Payload, Prepared, hash_of
 from profilers.kernels.lookup import LookUp
+from profilers.kernels.native import FILES, bind
 from profilers.target import Target
 
 MIN_ROWS = 16
@@ -105,4 +106,4 @@ class Decoded:
         return LookUp(self.isa) if fmt.looked_up else Grouped(self.isa)
 
 
-_HASH = hash_of(*map(str, SOURCES), __file__)
+_HASH = hash_of(*FILES, __file__)

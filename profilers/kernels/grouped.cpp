@@ -49,14 +49,12 @@ void isolatency_decode(const Layer* l, void* out, int bf16) {
 
 // x (m, k) -> q (m, k) int8 and scales (m, k / act_group) fp32
 void isolatency_quantize(const Layer* l, const void* x, int8_t* q, float* scales, int64_t m) {
-#pragma omp parallel for schedule(static) num_threads(l->threads) if (l->threads > 1 && m >= 16)
-  for (int64_t row = 0; row < m; row++) quantize_row(*l, x, row, q + row * l->k, scales + row * (l->k / l->act_group));
+  share_rows(*l, m, [&](int64_t row) { quantize_row(*l, x, row, q + row * l->k, scales + row * (l->k / l->act_group)); });
 }
 
 // sums (m, n) int32 of a product of int8 codes -> y (m, n) = sums * row scale * channel scale + bias
 void isolatency_rescale(const Layer* l, const int32_t* sums, const float* rows, const float* channels, void* y, int64_t m) {
-#pragma omp parallel for schedule(static) num_threads(l->threads) if (l->threads > 1 && m >= 16)
-  for (int64_t row = 0; row < m; row++)
+  share_rows(*l, m, [&](int64_t row) {
     for (int64_t c = 0; c < l->n; c += 16) {
       I16 s = {};
       F16 by = {};
@@ -65,12 +63,12 @@ void isolatency_rescale(const Layer* l, const int32_t* sums, const float* rows, 
       std::memcpy(&by, channels + c, 4 * left);
       write_tile(*l, y, row, c, __builtin_convertvector(s, F16) * (by * rows[row]));
     }
+  });
 }
 
 // x (m, k) -> out (m, k) of x's dtype: the activations as the format sees them
 void isolatency_round(const Layer* l, const void* x, void* out, int64_t m) {
-#pragma omp parallel for schedule(static) num_threads(l->threads) if (l->threads > 1 && m >= 16)
-  for (int64_t row = 0; row < m; row++) {
+  share_rows(*l, m, [&](int64_t row) {
     std::vector<int8_t> q(l->k);
     std::vector<float> scales(l->k / l->act_group);
     quantize_row(*l, x, row, q.data(), scales.data());
@@ -78,11 +76,12 @@ void isolatency_round(const Layer* l, const void* x, void* out, int64_t m) {
       const F16 v = __builtin_convertvector(load<B16>(&q[i]), F16) * scales[i / l->act_group];
       l->bf16 ? store((uint16_t*)out + row * l->k + i, round_bf16(v)) : store((float*)out + row * l->k + i, v);
     }
-  }
+  });
 }
 
-// x (m, k) and y (m, n): bf16 where l->bf16, fp32 otherwise; contiguous
-void isolatency_linear(const Layer* l, const void* x, void* y, int64_t m) {
+// x (m, k), in all so many numbers, and y (m, n): bf16 where l->bf16, fp32 otherwise; contiguous
+void isolatency_linear(const Layer* l, const void* x, void* y, int64_t numbers) {
+  const int64_t m = numbers / l->k;
   if (l->levels) return looked_up(*l, x, y, m);
 #define RUN(b) run<b, 0>(*l, x, y, m)
   BY_BITS(RUN)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 
 from methods.formats.format import Format
-from profilers.kernels.build import SOURCES, Isa, NoCompiler, library
+from profilers.kernels.build import Isa
 from profilers.kernels.kernel import Payload, Prepared, hash_of
+from profilers.kernels.native import FILES, NativeLinear, address, bind, padded, refuses_build
 from profilers.target import Target
 
 _INT32_SAFE_INPUTS = 65536
@@ -46,14 +46,6 @@ def layer_of(fmt: Format, n: int, k: int, target: Target) -> Layer:
     )
 
 
-def bind(isa: Isa, name: str, n_pointers: int, n_integers: int = 0) -> Callable[..., int]:
-    """A function of the library with its argument types set; calls are then about 1 µs."""
-    function = ctypes.CDLL.__getattr__(library(isa), name)
-    function.argtypes = (ctypes.c_void_p,) * n_pointers + (ctypes.c_int64,) * n_integers
-    function.restype = ctypes.c_int64 if name.endswith("bytes") else None
-    return function
-
-
 def refuses(fmt: Format, k: int, isa: Isa) -> str | None:
     """Why integer grids are not what the format is, or its shape is not one of `refuses_shape`."""
     if fmt.dense:
@@ -74,43 +66,25 @@ def refuses_shape(fmt: Format, k: int, isa: Isa) -> str | None:
     return refuses_build(isa)
 
 
-def refuses_build(isa: Isa = "native") -> str | None:
-    """Why the library cannot be compiled here, or None."""
-    try:
-        library(isa)
-    except NoCompiler as error:
-        return str(error)
-    return None
-
-
-class PackedLinear:
+class PackedLinear(NativeLinear):
     """A weight as one stream of panels (layout: panels.h); levels: (16,) fp32 by code, or None for integers."""
 
-    def __init__(self, layer: Layer, stream: Tensor, bias: Tensor | None, isa: Isa, levels: Tensor | None = None) -> None:
-        self.layer, self.stream, self.bias, self.isa, self.levels = layer, stream, bias, isa, levels
-        layer.stream = stream.data_ptr()
-        layer.bias = address(bias)
-        layer.levels = address(levels)
-        self.address = ctypes.addressof(layer)
-        self._run = bind(isa, "isolatency_linear", 3, 1)
-        self._n, self._k = int(layer.n), int(layer.k)
-        self._dtype = torch.bfloat16 if layer.bf16 else torch.float32
+    __slots__ = ("levels", "stream")
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """See `Prepared`; x of another dtype is converted."""
-        if x.dtype is not self._dtype or not x.is_contiguous():
-            x = x.to(self._dtype).contiguous()
-        y = torch.empty((*x.shape[:-1], self._n), dtype=self._dtype)
-        self._run(self.address, x.data_ptr(), y.data_ptr(), x.numel() // self._k)
-        return y
+    layer: Layer
+
+    def __init__(self, layer: Layer, stream: Tensor, bias: Tensor | None, isa: Isa, levels: Tensor | None = None) -> None:
+        super().__init__("isolatency_linear", layer, bias, isa)
+        self.stream, self.levels = stream, levels
+        layer.stream, layer.levels = stream.data_ptr(), address(levels)
 
     def decoded(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """(k, n) view of the decoded weight, inputs first because that is how the stream decodes; out: memory to use."""
-        width = -(-self._n // _PANEL) * _PANEL
+        k, width = int(self.layer.k), -(-self._n // _PANEL) * _PANEL
         if out is None:
-            out = torch.empty((self._k, width), dtype=dtype)
+            out = torch.empty((k, width), dtype=dtype)
         else:
-            out = out[: self._k * width].view(self._k, width)
+            out = out[: k * width].view(k, width)
         bind(self.isa, "isolatency_decode", 2, 1)(self.address, out.data_ptr(), dtype == torch.bfloat16)
         return out[:, : self._n]
 
@@ -138,11 +112,6 @@ def pack(fmt: Format, payload: Payload, target: Target, bias: Tensor | None, isa
         ctypes.addressof(layer), codes.data_ptr(), scale.data_ptr(), address(offset), stream.data_ptr()
     )
     return PackedLinear(layer, stream, padded(bias), isa, levels)
-
-
-def address(tensor: Tensor | None) -> int | None:
-    """Where a tensor's numbers lie, null for None."""
-    return None if tensor is None else tensor.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -184,11 +153,4 @@ class Grouped:
         return pack(fmt, payload, target, bias, self.isa, None)
 
 
-def padded(bias: Tensor | None) -> Tensor | None:
-    """fp32 bias with zeros up to a whole panel, as the kernels read it."""
-    if bias is None:
-        return None
-    return torch.nn.functional.pad(bias.detach().float(), (0, -len(bias) % _PANEL)).contiguous()
-
-
-_HASH = hash_of(*map(str, SOURCES), __file__)
+_HASH = hash_of(*FILES, __file__)

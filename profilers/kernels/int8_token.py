@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from methods.formats.format import Format
-from profilers.kernels.build import SOURCES
-from profilers.kernels.grouped import Layer, bind, layer_of, padded, refuses
+from profilers.kernels.grouped import Layer, layer_of, refuses
 from profilers.kernels.kernel import Payload, Prepared, hash_of
+from profilers.kernels.native import FILES, bind, padded
 from profilers.target import Target
 
 
@@ -37,7 +37,7 @@ class Int8TokenLinear:
         rows = torch.empty(m, dtype=torch.float32)
         self._quantize(self._address, x.data_ptr(), q.data_ptr(), rows.data_ptr(), m)
         sums = torch._int_mm(q, self._transposed)
-        y = torch.empty((*x.shape[:-1], self._n), dtype=self._dtype)
+        y = x.new_empty(*x.shape[:-1], self._n)
         self._rescale(self._address, sums.data_ptr(), rows.data_ptr(), self.scale.data_ptr(), y.data_ptr(), m)
         return y
 
@@ -90,4 +90,4 @@ class Int8Token:
         return Int8TokenLinear(weight, payload["scale"].float().reshape(-1).contiguous(), layer, padded(bias))
 
 
-_HASH = hash_of(*map(str, SOURCES), __file__)
+_HASH = hash_of(*FILES, __file__)

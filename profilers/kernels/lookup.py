@@ -10,9 +10,10 @@ from torch import Tensor
 from methods.formats import scales
 from methods.formats.format import Format
 from methods.formats.levels import table
-from profilers.kernels.build import SOURCES, Isa
+from profilers.kernels.build import Isa
 from profilers.kernels.grouped import PackedLinear, pack, refuses_shape
 from profilers.kernels.kernel import Payload, Prepared, hash_of
+from profilers.kernels.native import FILES
 from profilers.target import Target
 
 
@@ -64,4 +65,4 @@ class LookUp:
         return pack(fmt, {**payload, "scale": scale}, target, bias, self.isa, levels)
 
 
-_HASH = hash_of(*map(str, SOURCES), __file__)
+_HASH = hash_of(*FILES, __file__)

@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from methods.formats.format import Format
 from methods.formats.numerics import decode
-from profilers.kernels.build import SOURCES, Isa
+from profilers.kernels.build import Isa
 from profilers.kernels.dense import Dense, DenseLinear, multiplied_in
-from profilers.kernels.grouped import address, bind, padded, refuses_build
 from profilers.kernels.kernel import Payload, Prepared, hash_of
+from profilers.kernels.native import FILES, NativeLinear, padded, refuses_build
 from profilers.target import Target
 
 MOST_ROWS = 16
@@ -93,28 +93,22 @@ class Factors(ctypes.Structure):
     )
 
 
-class FusedLowRankLinear:
+class FusedLowRankLinear(NativeLinear):
     """Both factors in tiles, see `tiled`; the layer's rank is the format's, rounded up to whole tiles."""
 
-    def __init__(self, fmt: Format, layer: Factors, down: Tensor, up: Tensor, bias: Tensor | None, isa: Isa = "native") -> None:
-        self.fmt, self.layer, self.down, self.up, self.bias, self.isa = fmt, layer, down, up, bias, isa
-        layer.down, layer.up, layer.bias = down.data_ptr(), up.data_ptr(), address(bias)
-        self._address = ctypes.addressof(layer)
-        self._run = bind(isa, "isolatency_low_rank", 3, 1)
-        self._n, self._k = int(layer.n), int(layer.k)
-        self._dtype = torch.bfloat16 if layer.bf16 else torch.float32
+    __slots__ = ("down", "fmt", "up")
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """See `Prepared`; x of another dtype is converted."""
-        x = x.to(self._dtype).contiguous()
-        y = torch.empty((*x.shape[:-1], self._n), dtype=self._dtype)
-        self._run(self._address, x.data_ptr(), y.data_ptr(), x.numel() // self._k)
-        return y
+    layer: Factors
+
+    def __init__(self, fmt: Format, layer: Factors, down: Tensor, up: Tensor, bias: Tensor | None, isa: Isa = "native") -> None:
+        super().__init__("isolatency_low_rank", layer, bias, isa)
+        self.fmt, self.down, self.up = fmt, down, up
+        layer.down, layer.up = down.data_ptr(), up.data_ptr()
 
     def dequant(self) -> Tensor:
         """See `Prepared`: the product of the factors as they are packed."""
         rank = self.fmt.rank
-        down, up = untiled(self.down)[:rank, : self._k], untiled(self.up)[: self._n, :rank]
+        down, up = untiled(self.down)[:rank, : self.layer.k], untiled(self.up)[: self._n, :rank]
         return decode(self.fmt, {"down": down, "up": up})
 
     def size_bytes(self) -> int:
@@ -208,4 +202,4 @@ def _dense(target: Target) -> Dense:
     return Dense(prepacked=target.device == "cpu")
 
 
-_HASH = hash_of(*map(str, SOURCES), __file__, str(Path(__file__).with_name("dense.py")))
+_HASH = hash_of(*FILES, __file__, str(Path(__file__).with_name("dense.py")))

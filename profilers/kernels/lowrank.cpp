@@ -9,6 +9,7 @@
 #define BF16 1
 #endif
 
+#include "threads.h"
 #include "vectors.h"
 
 extern "C" struct Factors {  // low_rank.py declares the same fields
@@ -79,20 +80,20 @@ template <class T> void run(const Factors& f, const typename T::Number* x, void*
   if ((int64_t)scratch.size() < m * f.rank) scratch.resize(m * f.rank);
   Number* between = scratch.data();
   const Number *down = (const Number*)f.down, *up = (const Number*)f.up;
-#pragma omp parallel num_threads(f.threads) if (f.threads > 1)
-  {
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < f.rank; r += TILE)
-      rows<T>(down + r * f.k, x, f.k, m, [&](int64_t row, F16 v) { T::keep(between + row * f.rank + r, v); });
-#pragma omp for schedule(static)
-    for (int64_t c = 0; c < f.n; c += TILE)
-      rows<T>(up + c * f.rank, between, f.rank, m, [&](int64_t row, F16 v) { write_tile(f, y, row, c, v); });
-  }
+  share((f.rank + TILE - 1) / TILE, f.threads, [&](int64_t t) __attribute__((noinline)) {
+    const int64_t r = t * TILE;
+    rows<T>(down + r * f.k, x, f.k, m, [&](int64_t row, F16 v) { T::keep(between + row * f.rank + r, v); });
+  });
+  share((f.n + TILE - 1) / TILE, f.threads, [&](int64_t t) __attribute__((noinline)) {
+    const int64_t c = t * TILE;
+    rows<T>(up + c * f.rank, between, f.rank, m, [&](int64_t row, F16 v) { write_tile(f, y, row, c, v); });
+  });
 }
 }  // namespace
 
-// x (m, k) and y (m, n): bf16 where f->bf16, fp32 otherwise; contiguous
-extern "C" void isolatency_low_rank(const Factors* f, const void* x, void* y, int64_t m) {
+// x (m, k), in all so many numbers, and y (m, n): bf16 where f->bf16, fp32 otherwise; contiguous
+extern "C" void isolatency_low_rank(const Factors* f, const void* x, void* y, int64_t numbers) {
+  const int64_t m = numbers / f->k;
   if (f->narrow) return run<Narrow>(*f, (const uint16_t*)x, y, m);
   if (!f->bf16) return run<Wide>(*f, (const float*)x, y, m);
   static thread_local std::vector<float> wide;

@@ -27,6 +27,7 @@
 #endif
 #endif
 
+#include "threads.h"
 #include "vectors.h"
 
 extern "C" struct Layer {  // grouped.py declares the same fields
@@ -42,7 +43,7 @@ void decode_looked_up(const Layer& l, void* out, int bf16);
 namespace {
 using namespace vectors;
 constexpr int TILES = 2, PANEL = TILE * TILES;
-constexpr int64_t AHEAD = 6144;  // bytes: the hardware prefetcher stops at pages, so ask for the stream ourselves, 100 ns and more ahead
+constexpr int64_t AHEAD = 7168;  // bytes: the hardware prefetcher stops at pages, so ask for the stream ourselves, 100 ns and more ahead
 
 // ---- codes
 template <int BITS> struct Code {
@@ -122,6 +123,10 @@ inline float unit_of(const float* levels) {
 }
 
 // ---- activations
+template <class Body> void share_rows(const Layer& l, int64_t m, Body body) {  // a few are rounded sooner than threads are woken
+  share(m, m >= 16 ? l.threads : 1, body);
+}
+
 struct Scratch {
   std::vector<int8_t> codes;      // (m, k) int8, or bf16 in the order of `Bf16Rule`
   std::vector<float> scale, sum;  // (m, activation groups); (m, groups): what a zero point or an offset multiplies
@@ -295,6 +300,7 @@ inline void block(const Layer& l, const Rule& rule, const Scratch& s, int64_t pa
   F16 total[MB][TILES] = {};
   for (int64_t g = 0; g < groups; g++) {
     const uint16_t *scale = (const uint16_t*)at, *offset = scale + PANEL;
+    for (int64_t i = 0; i < PANEL * (l.asym ? 4 : 2); i += 64) __builtin_prefetch(at + i + AHEAD);
     at += PANEL * (l.asym ? 4 : 2);
     typename Rule::Acc acc[MB][TILES] = {};
     for (int64_t i = 0; i < l.group; i += Code<BITS>::K, at += TILES * Code<BITS>::BYTES) {
@@ -321,15 +327,13 @@ inline void block(const Layer& l, const Rule& rule, const Scratch& s, int64_t pa
 
 template <int BITS, class Rule> void multiply(const Layer& l, const void* x, const Scratch& s, void* y, int64_t m) {
   const Rule rule(l, x, s);
-  const int64_t panels = (l.n + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(static) num_threads(l.threads) if (l.threads > 1)
-  for (int64_t p = 0; p < panels; p++) {
+  share((l.n + PANEL - 1) / PANEL, l.threads, [&](int64_t p) __attribute__((noinline)) {
     int64_t row = 0;
     for (; row + Rule::MOST <= m; row += Rule::MOST) block<BITS, Rule, Rule::MOST>(l, rule, s, p, row, y);
     if (row + 4 <= m) block<BITS, Rule, 4>(l, rule, s, p, row, y), row += 4;
     if (row + 2 <= m) block<BITS, Rule, 2>(l, rule, s, p, row, y), row += 2;
     if (row < m) block<BITS, Rule, 1>(l, rule, s, p, row, y);
-  }
+  });
 }
 
 template <int BITS, int PARTS> void run(const Layer& l, const void* x, void* y, int64_t m) {
@@ -341,8 +345,7 @@ template <int BITS, int PARTS> void run(const Layer& l, const void* x, void* y, 
   if (s.sum.size() < (size_t)(m * l.k / l.group)) s.sum.resize(m * l.k / l.group);
   if (int8 && s.scale.size() < (size_t)(m * l.k / l.act_group)) s.scale.resize(m * l.k / l.act_group);
   Scratch& shared = s;
-#pragma omp parallel for schedule(static) num_threads(l.threads) if (l.threads > 1 && m >= 16)
-  for (int64_t row = 0; row < m; row++) int8 ? int8_row(l, x, row, shared) : keep_row(l, x, row, shared);
+  share_rows(l, m, [&](int64_t row) { int8 ? int8_row(l, x, row, shared) : keep_row(l, x, row, shared); });
   if (int8) return multiply<BITS, Int8Rule<BITS, PARTS>>(l, x, s, y, m);
 #ifdef BF16
   if (l.bf16) return multiply<BITS, Bf16Rule<BITS, PARTS>>(l, x, s, y, m);
@@ -373,8 +376,6 @@ template <int BITS, int PARTS> void decode_panel(const Layer& l, int64_t panel, 
 }
 
 template <int BITS, int PARTS> void decode(const Layer& l, void* out, int bf16) {
-  const int64_t panels = (l.n + PANEL - 1) / PANEL;
-#pragma omp parallel for schedule(static) num_threads(l.threads) if (l.threads > 1)
-  for (int64_t p = 0; p < panels; p++) decode_panel<BITS, PARTS>(l, p, out, bf16);
+  share((l.n + PANEL - 1) / PANEL, l.threads, [&](int64_t p) __attribute__((noinline)) { decode_panel<BITS, PARTS>(l, p, out, bf16); });
 }
 }  // namespace

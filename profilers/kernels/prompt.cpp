@@ -131,13 +131,11 @@ int64_t isolatency_prompt_bytes() {  // 0 where the kernel is not for this machi
 void isolatency_prompt(const Attention* a) {
 #ifdef PROMPT
   std::vector<Packed> packed(a->batch * a->kv_heads);
-#pragma omp parallel for schedule(static) num_threads(a->threads) if (a->threads > 1)
-  for (int64_t i = 0; i < a->batch * a->kv_heads; i++) pack(*a, i / a->kv_heads, i % a->kv_heads, packed[i]);
-#pragma omp parallel for schedule(static) num_threads(a->threads) if (a->threads > 1)
-  for (int64_t i = 0; i < a->batch * a->heads; i++) {
+  share(a->batch * a->kv_heads, a->threads, [&](int64_t i) { pack(*a, i / a->kv_heads, i % a->kv_heads, packed[i]); });
+  share(a->batch * a->heads, a->threads, [&](int64_t i) __attribute__((noinline)) {
     const int64_t b = i / a->heads, h = i % a->heads;
     head(*a, packed[b * a->kv_heads + h / (a->heads / a->kv_heads)], b, h);
-  }
+  });
 #else
   (void)a;
 #endif

@@ -175,7 +175,7 @@ def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch)
     def absent(isa: Isa = "native") -> None:
         raise NoCompiler("no C++ compiler found")
 
-    monkeypatch.setattr("profilers.kernels.grouped.library", absent)
+    monkeypatch.setattr("profilers.kernels.native.library", absent)
     assert kernel("grouped").supports(parse_format("w4a8-g32"), 40, 96, 1, TARGET) == "no C++ compiler found"
     assert supported(parse_format("bf16"), 40, 96, 1, TARGET)
 
