@@ -83,6 +83,8 @@ def _pace(target: Target) -> Finding:
     slow = sum(reading > SLOW for reading in readings) / len(readings)
     detail = f"{quantile(sorted(readings), 0.5):.2f} times the yardstick's best, slow in {slow:.0%} of {_LOOK_S:g} s"
     advice = "; something shares the cores or holds their clock back, timings wait for better moments and take longer"
+    if slow == 1:
+        advice += " (if it never was faster than now: `search cache --clear pace`)"
     return Finding("pace", slow <= _SLOW_SHARE, detail + (advice if slow > _SLOW_SHARE else ""))
 
 

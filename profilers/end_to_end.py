@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -75,6 +75,11 @@ class Measurement:
         return self.timing.contended
 
     @property
+    def slowed(self) -> bool:
+        """The machine was below its full pace during most steps, so that even those that count are longer than on a free one."""
+        return self.samples.slowed
+
+    @property
     def median_ms(self) -> float:
         """p50 wall time."""
         return self.timing.median_ms
@@ -107,6 +112,17 @@ class Measurement:
         """By how many ms this model's step is longer than another's of the same run, with the 95 % interval; paired as a ratio is."""
         differences = sorted(1e3 * (ours - theirs) for ours, theirs in by_round((self, reference)))
         return quantile(differences, 0.5), *median_interval(differences)
+
+
+def disturbance(runs: Collection[Measurement]) -> str:
+    """How many of some runs were contended or slowed, in words; "" where none was."""
+    found = sum(run.contended or run.slowed for run in runs)
+    if not found:
+        return ""
+    return (
+        f"something interrupted or slowed the machine during most steps of {found} of {len(runs)} whole-model runs, which took longer "
+        "than on a free one (`search doctor` shows its pace)"
+    )
 
 
 def by_round(runs: Sequence[Measurement]) -> list[tuple[float, ...]]:
@@ -177,16 +193,16 @@ def compare(
     """Two models by `measure`, the reference first; options: its others.
 
     Neighbours disturb minutes at a time, so that the whole is measured again, at most `RETAKES` times, while the interval of the ratio
-    is wide; the one with the narrowest counts, whatever the ratio is.
+    is wide or most steps were disturbed; of those least disturbed the one with the narrowest counts, whatever the ratio is.
     """
-    best: tuple[float, Measurement, Measurement] | None = None
+    best: tuple[tuple[bool, float], Measurement, Measurement] | None = None
     for _ in range(1 + RETAKES):
         found = measure({"reference": reference, "model": model}, workload, target, **options)
         ratio = found["model"].ratio_to(found["reference"])
-        spread = (ratio.hi - ratio.lo) / (2 * ratio.mid)
-        if best is None or spread < best[0]:
-            best = spread, found["reference"], found["model"]
-        if spread <= STEADY:
+        quality = bool(disturbance(found.values())), (ratio.hi - ratio.lo) / (2 * ratio.mid)
+        if best is None or quality < best[0]:
+            best = quality, found["reference"], found["model"]
+        if quality <= (False, STEADY):
             break
     assert best is not None
     return best[1:]

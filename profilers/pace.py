@@ -35,6 +35,9 @@ _PASSES = 64  # over them, for each thread: enough for all to get a part of the 
 _TIMES = 3
 _WARM = 4  # sums that are not timed: whatever ran before has the caches
 
+YARDSTICK = f"{_WARM} and {_TIMES} sums of {_PASSES} times {_VALUES} numbers a thread"
+"""What is kept is the pace of this; the pace of another yardstick says nothing."""
+
 Reading = Callable[[], float]
 
 
@@ -96,13 +99,14 @@ class Pace:
             with contextlib.suppress(
                 OSError
             ):  # a cache that cannot be written costs the next process a second, not this one its run
-                write_text(self._kept, json.dumps({"yardstick_s": seconds}) + "\n")
+                write_text(self._kept, json.dumps({"yardstick": YARDSTICK, "seconds": seconds}) + "\n")
 
 
 def best_in(path: Path | None) -> float:
-    """Seconds that the yardstick took at best, from the file that keeps it; infinite where it does not say."""
+    """Seconds that the yardstick took at best, from the file that keeps it; infinite where it does not say, or of another yardstick."""
     try:
-        seconds = float(json.loads(path.read_text(encoding="utf-8"))["yardstick_s"]) if path is not None else math.inf
+        found = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+        seconds = float(found["seconds"]) if found["yardstick"] == YARDSTICK else math.inf
     except (OSError, ValueError, KeyError, TypeError):
         return math.inf
     return seconds if seconds > 0 else math.inf

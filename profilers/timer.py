@@ -23,7 +23,7 @@ LOST_SHARE = 0.02
 """A sample during which the thread was descheduled and lost more than this share of its time does not count."""
 
 CONTENDED_SHARE = 0.5
-"""Above this share of interrupted samples the machine was not free."""
+"""Above this share of interrupted samples the machine was not free, above this share of slow ones it was not fast."""
 
 ENOUGH_SHARE = 0.1
 """Share of samples at the machine's full pace, from which on they alone count."""
@@ -122,6 +122,11 @@ class Samples:
     def contended(self) -> bool:
         """Whether most samples were interrupted."""
         return sum(sample.interrupted for sample in self.all) > CONTENDED_SHARE * len(self.all)
+
+    @property
+    def slowed(self) -> bool:
+        """Whether the machine was below its full pace during most samples."""
+        return sum(sample.slow for sample in self.all) > CONTENDED_SHARE * len(self.all)
 
     def seconds(self) -> list[tuple[int, float]]:
         """(round, seconds) of the samples that count: CPU time of all if most were interrupted, else wall time of those that were not;

@@ -170,6 +170,7 @@ def _timed(session: Session, policy: Policy, swapped: Mapping[str, Policy]) -> d
             notify=session.progress.say,
             progress=update,
         )
+    session.progress.say(end_to_end.disturbance(runs.values()))
     answer = runs[""]
     return {name: (runs[name].ratio_to(answer).mid - 1) * answer.median_ms for name in swapped}
 

@@ -59,9 +59,9 @@ class Finalist:
     """A policy whose latency was measured, or where `label` says so, taken from tables of a target that is not here.
 
     latency_ms, lo_ms, hi_ms: p50 of the main workload and its 95 % interval; ratio, ratio_lo, ratio_hi: to the dense model, paired by
-    round; met: everything that was asked for, the main objective first; meets: all of it;
-    kl…: on the validation text, per sequence in kl_each; recompressed: its weights were made in
-    order on the compressed prefix, plain_kl is that of the others; report_…: on the report text, perplexity nan where the model
+    round; contended, slowed: what `profilers.end_to_end.Measurement` says, in any workload; met: everything that was asked for, the
+    main objective first; meets: all of it; kl…: on the validation text, per sequence in kl_each; recompressed: its weights were made
+    in order on the compressed prefix, plain_kl is that of the others; report_…: on the report text, perplexity nan where the model
     wrote that text itself.
     """
 
@@ -78,6 +78,7 @@ class Finalist:
     meets: bool
     size_bytes: int
     contended: bool = False
+    slowed: bool = False
     recompressed: bool = False
     plain_kl: float = math.nan
     kl: float = math.nan
@@ -172,7 +173,7 @@ def _runs(
         eager = not item.policy.sites and prepared.dense_name.startswith("eager")
         models[item.policy.key()] = session.model if eager else engine.materialize(edits(item.policy))
     with session.progress.bar(f"end-to-end latency, {workload.phase}") as update:
-        return end_to_end.measure(
+        found = end_to_end.measure(
             models,
             workload,
             session.target,
@@ -181,6 +182,8 @@ def _runs(
             notify=session.progress.say,
             progress=update,
         )
+    session.progress.say(end_to_end.disturbance(found.values()))
+    return found
 
 
 def _finalist(
@@ -206,6 +209,7 @@ def _finalist(
         meets=all(one.met for one in met),
         size_bytes=prepared.size_bytes(item.policy),
         contended=any(measured.contended for measured in own.values()),
+        slowed=any(measured.slowed for measured in own.values()),
         met=tuple(met),
     )
 

@@ -59,6 +59,11 @@ def notes_of(
         notes.append(
             "the machine was contended while latency was measured: no objective is claimed to be met; run again when it is quiet"
         )
+    elif slowed := sum(item.slowed for item in finalists):
+        notes.append(
+            f"something slowed the machine during most steps of {slowed} of {len(finalists)} policies: their times are longer than on a "
+            "free machine; ratios are paired by round"
+        )
     drift = finalists[0].latency_ms / prepared.dense_ms[0]
     if not 1 / DRIFT < drift < DRIFT:
         notes.append(

@@ -78,7 +78,6 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
             "fingerprint": session.target.fingerprint,
             "threads": session.target.threads,
             "compute_dtype": session.target.compute_dtype,
-            "contended": any(own["contended"] for own in fits),
         },
         data={role: {**corpus.summary(), "generated": corpus.generated} for role, corpus in corpora.items()},
         notes=(*session.space.notes, *_doubts(session, table, fits)),
@@ -103,12 +102,14 @@ def _checked(fit: Mapping[str, Any]) -> str:
 
 
 def _doubts(session: Session, table: LatencyTable, fits: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the table's own checks found against it, and what repeated blocks say against the maps."""
+    """What the table's own checks found against it, and what repeated blocks and the machine's state say against the maps."""
     found = [f"the latency table of {session.target.name} fails its own checks: {problem}" for problem in problems(table)]
     for fit, workload in zip(fits, session.config.workloads, strict=True):
         checked = Differenced(**fit["blocks"]) if fit.get("blocks") else None
         if checked is not None and checked.disagrees:
             found.append(f"the latency map of {workload.name} is off: {checked.words}")
+        if fit.get("disturbance"):
+            found.append(f"the latency map of {workload.name}: {fit['disturbance']}")
     return found
 
 

@@ -33,8 +33,8 @@ MIXED_RUNS = 16
 MAP_ROUNDS = 8
 
 Fit = dict[str, Any]
-"""A whole-model map as it is kept: `map`, `scales` of kernels, `dense_ms` with its interval, `dense_name`, `tail`, `contended`, `label`,
-and as `blocks` the map's check by `search.differencing`."""
+"""A whole-model map as it is kept: `map`, `scales` of kernels, `dense_ms` with its interval, `dense_name`, `tail`, `label`, as
+`disturbance` what its runs say of the machine, and as `blocks` the map's check by `search.differencing`."""
 
 
 def table_keys(session: Session) -> list[KernelKey]:
@@ -177,25 +177,26 @@ def fit_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions],
     dense_name = min(found, key=lambda name: found[name].median_ms)
     dense = candidates[dense_name]
     del candidates
-    dense_runs, ratios = [], []
-    contended = False
+    dense_runs, policy_runs = [], []
     with session.progress.bar("whole-model runs") as update:
         for index, (_, policy) in enumerate(policies):
             model = engine.materialize(session.rounded_edits(policy))
             options = {"rounds": MAP_ROUNDS, "cache": cache, "notify": session.progress.say}
             reference, run = end_to_end.compare(dense, model, workload, target, **options)
-            contended = contended or run.contended
             dense_runs.append(reference)
-            ratios.append(run.ratio_to(reference))
+            policy_runs.append(run)
             update(index + 1, len(policies))
     level = float(np.median([run.median_ms for run in dense_runs]))
     lo, hi = float(np.median([run.lo_ms for run in dense_runs])), float(np.median([run.hi_ms for run in dense_runs]))
     dense_ms = (level, min(lo, level), max(hi, level))
     runs = [_run(sites, Policy(), dense_ms)]
+    ratios = [run.ratio_to(reference) for run, reference in zip(policy_runs, dense_runs, strict=True)]
     runs += [
         _run(sites, policy, (ratio.mid * level, ratio.lo * level, ratio.hi * level))
         for (_, policy), ratio in zip(policies, ratios, strict=True)
     ]
+    disturbance = end_to_end.disturbance([*dense_runs, *policy_runs])
+    session.progress.say(disturbance)
     try:
         fitted, scales = fit_latency(runs).collapsed()
     except ValueError as error:
@@ -215,7 +216,7 @@ def fit_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions],
         "dense_ms": list(dense_ms),
         "dense_name": dense_name,
         "tail": max(1.0, quantile(waits, 0.95)),
-        "contended": contended,
+        "disturbance": disturbance,
         "label": "measured",
         "blocks": None if checked is None else asdict(checked),
     }
@@ -252,7 +253,7 @@ def assume_map(session: Session, table: LatencyTable, sites: Sequence[SiteOption
         "dense_ms": [dense.mean, dense.lo, dense.hi],
         "dense_name": f"dense {structure.dtype}",
         "tail": float("nan"),
-        "contended": False,
+        "disturbance": "",
         "label": weakest((kernels.label, rest.label)),
         "blocks": None,
     }

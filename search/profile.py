@@ -107,6 +107,7 @@ def _whole_models(session: Session, target: Target, table: LatencyTable, workloa
                 notify=session.progress.say,
                 progress=update,
             )
+        session.progress.say(end_to_end.disturbance(found.values()))
         name = min(found, key=lambda each: found[each].median_ms)
         run, samples = found[name], found[name].samples.all
         cpu_ms = 1e3 * math.fsum(sample.cpu for sample in samples) / len(samples)

@@ -31,8 +31,8 @@ class Progress:
         self.best = ""
 
     def say(self, text: str) -> None:
-        """One line, with the time since the start."""
-        if self._quiet:
+        """One line, with the time since the start; none where there is nothing to say."""
+        if self._quiet or not text:
             return
         self._clear()
         elapsed = time.monotonic() - self._start

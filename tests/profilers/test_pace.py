@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from profilers.pace import WINDOW, Pace, best_in, yardstick
+from profilers.pace import WINDOW, YARDSTICK, Pace, best_in, yardstick
 from profilers.sweep import measure, torch_threads
 from profilers.table import KernelKey, LatencyTable, header_of
 from profilers.target import local_cpu
@@ -38,12 +38,17 @@ def test_a_process_that_starts_on_a_busy_machine_knows_the_best(tmp_path: Path) 
     assert best_in(kept) == 1.0
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"yardstick_s": -1}', '{"yardstick_s": "fast"}'])
-def test_a_damaged_file_is_made_anew(tmp_path: Path, text: str) -> None:
+OTHER = '{"yardstick": "an earlier one", "seconds": 0.1}'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", OTHER, *(OTHER.replace("an earlier one", YARDSTICK).replace("0.1", s) for s in ("-1", '"x"'))]
+)
+def test_a_file_that_is_damaged_or_of_another_yardstick_is_made_anew(tmp_path: Path, text: str) -> None:
     kept = tmp_path / "machine.json"
     kept.write_text(text)
     made(itertools.repeat(3.0), kept)
-    assert json.loads(kept.read_text()) == {"yardstick_s": 3.0}
+    assert json.loads(kept.read_text()) == {"yardstick": YARDSTICK, "seconds": 3.0}
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path: Path) -> None:

@@ -134,7 +134,19 @@ def _no_memory(n: int) -> None:
     Evaluator.evaluate = evaluate  # type: ignore[method-assign]
 
 
-FAULTS = {"full disk": _full_disk, "file limit": _file_limit, "no memory": _no_memory}
+def _slow_machine(_: int) -> None:
+    """Something else slows the core down from before the first whole-model run to after the last."""
+    import profilers.end_to_end
+    from profilers.pace import Pace
+
+    class Slowed(Pace):
+        def full(self) -> bool:
+            return False
+
+    profilers.end_to_end.pace_of = lambda target: Slowed(lambda: 1.0, first_s=0.0)
+
+
+FAULTS = {"full disk": _full_disk, "file limit": _file_limit, "no memory": _no_memory, "slow machine": _slow_machine}
 """What may go wrong in a run."""
 
 

@@ -1,5 +1,6 @@
 """The cache: what is listed, what is found damaged, what clearing deletes and what it leaves."""
 
+import json
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from methods.formats.format import parse_format
 from methods.formats.numerics import Compressed
 from methods.method import Edit
 from methods.policy import Decision
+from profilers.pace import YARDSTICK
 from profilers.resolution import resolve
 from profilers.table import LatencyTable
 from profilers.timer import exclusive
@@ -33,7 +35,7 @@ def cache(tmp_path: Path) -> Path:
     LatencyTable.open(tmp_path / "tables", resolve("cpu"))
     (tmp_path / "tables/timing.lock").touch()
     (tmp_path / "pace").mkdir()
-    (tmp_path / "pace/machine.json").write_text('{"yardstick_s": 2e-6}')
+    (tmp_path / "pace/machine.json").write_text(json.dumps({"yardstick": YARDSTICK, "seconds": 2e-6}))
     (tmp_path / "mine.txt").write_text("not ours")
     return tmp_path
 

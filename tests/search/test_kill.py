@@ -268,6 +268,18 @@ def test_a_full_disk_is_one_error_and_the_same_command_goes_on(
     assert outcome(tmp_path / "results" / "s") == reference.outcome
 
 
+def test_a_run_on_a_machine_that_something_slows_says_so(reference: Reference, tmp_path: Path) -> None:
+    """Of its map and of its finalists; slow steps are long ones, so that what is met then is met."""
+    assert reference.runs.run(command(reference.model, tmp_path), tmp_path / "log", ("slow machine", 0)) == 0
+    (answer,) = answers(tmp_path / "results" / "s").values()
+    said, notes = (tmp_path / "log").read_text(), " ".join(answer.notes)
+    assert answer.verdict == "met" and all(item.slowed and not item.contended for item in answer.finalists)
+    assert f"during most steps of {len(answer.finalists)} of {len(answer.finalists)} policies" in notes
+    assert "note: the latency map of decode:batch=1,context=8: something interrupted or slowed the machine" in said
+    assert said.count("] something interrupted or slowed the machine during most steps") == 3
+    assert "slowed" not in " ".join(next(iter(answers(reference.folder / "results" / "s").values())).notes)
+
+
 def test_an_evaluation_without_memory_is_a_failed_trial_with_its_reason(reference: Reference, tmp_path: Path) -> None:
     arguments, study = command(reference.model, tmp_path), tmp_path / "results" / "s"
     assert reference.runs.run(arguments, tmp_path / "log", ("no memory", 3)) == 0, (tmp_path / "log").read_text()

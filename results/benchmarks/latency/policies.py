@@ -41,7 +41,8 @@ WORKLOADS = ("decode:batch=1,context=512", "prefill:batch=1,prompt=512")
 class Result:
     """A policy's latency in a workload, ms. level: of the dense model in the runs that the map was fitted on; dense: in the same run.
 
-    lo, mean, hi: predicted; ratio: measured of the dense model's, paired by round; alone: the policy's own median.
+    lo, mean, hi: predicted; ratio: measured of the dense model's, paired by round; alone: the policy's own median; disturbed: most steps
+    were, at the last of the attempts too.
     """
 
     workload: str
@@ -53,7 +54,7 @@ class Result:
     ratio: float
     alone: float
     dense: float
-    contended: bool
+    disturbed: bool
     load: float
 
     @property
@@ -166,7 +167,7 @@ class Benchmark:
             ratio=own.ratio_to(dense).mid,
             alone=own.median_ms,
             dense=dense.median_ms,
-            contended=own.contended or dense.contended,
+            disturbed=bool(end_to_end.disturbance([dense, own])),
             load=own.load,
         )
 
@@ -202,12 +203,12 @@ def summary(results: Sequence[Result]) -> str:
                 "" if rank is None else f"{rank:.3f}",
                 f"{own[0].level:.2f}",
                 f"{max(result.load for result in own):.1f}",
-                str(sum(result.contended for result in own)),
+                str(sum(result.disturbed for result in own)),
             )
         )
     return markdown(
         "workload | policies | of dense | mean error | worst | inside 90 % | half-width | mean error, raw ms | Spearman | dense, ms | "
-        "load at most | contended",
+        "load at most | disturbed",
         rows,
     )
 
