@@ -25,6 +25,7 @@ from profilers.timer import (
     Call,
     Clock,
     Pace,
+    Sample,
     Samples,
     SystemClock,
     Timing,
@@ -182,7 +183,7 @@ def measure(
 
 
 STEADY = 0.03
-"""Half-width of a ratio's interval, relative, from which it is measured again."""
+"""Half-width of a ratio's interval, relative, from which more is measured."""
 
 RETAKES = 2
 
@@ -193,19 +194,27 @@ def compare(
     """Two models by `measure`, the reference first; options: its others.
 
     Neighbours disturb minutes at a time, so that the whole is measured again, at most `RETAKES` times, while the interval of the ratio
-    is wide or most steps were disturbed; of those least disturbed the one with the narrowest counts, whatever the ratio is.
+    is wide or most steps were disturbed. What was not disturbed counts together, whatever its ratios are; where all was, all does.
     """
-    best: tuple[tuple[bool, float], Measurement, Measurement] | None = None
-    for _ in range(1 + RETAKES):
+    takes: list[tuple[Measurement, Measurement]] = []
+    while True:
         found = measure({"reference": reference, "model": model}, workload, target, **options)
-        ratio = found["model"].ratio_to(found["reference"])
-        quality = bool(disturbance(found.values())), (ratio.hi - ratio.lo) / (2 * ratio.mid)
-        if best is None or quality < best[0]:
-            best = quality, found["reference"], found["model"]
-        if quality <= (False, STEADY):
-            break
-    assert best is not None
-    return best[1:]
+        takes.append((found["reference"], found["model"]))
+        counting = [take for take in takes if not disturbance(take)]
+        theirs, ours = (pooled(runs) for runs in zip(*(counting or takes), strict=True))
+        ratio = ours.ratio_to(theirs)
+        if (counting and ratio.hi - ratio.lo <= 2 * STEADY * ratio.mid) or len(takes) > RETAKES:
+            return theirs, ours
+
+
+def pooled(runs: Sequence[Measurement]) -> Measurement:
+    """Several runs of one model as one, their rounds numbered through; those of another model have to be pooled alike."""
+    samples: list[Sample] = []
+    for run in runs:
+        first = samples[-1].turn + 1 if samples else 0
+        samples += [replace(sample, turn=first + sample.turn) for sample in run.samples.all]
+    found = Samples(samples)
+    return replace(runs[-1], timing=found.timing(), samples=found)
 
 
 @dataclass(frozen=True)

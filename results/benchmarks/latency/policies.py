@@ -1,8 +1,9 @@
 """Whole-model latency of random mixed policies that nothing was fitted on, predicted and measured, in decode and prefill.
 
 The maps are made as `search run` makes them: kernel cells from the machine's table, a few whole-model runs a workload, one fit. Then
-every policy is predicted, and measured interleaved with the dense model. Finished policies are kept, so that the command goes on
-where it was cut off.
+every policy is predicted, and measured interleaved with the dense model: all of them one after the other, and all again some minutes
+later, since a run of seconds also says how the machine was just then; the mean counts. What is measured is kept, so that the command
+goes on where it was cut off.
 
     python -m results.benchmarks.latency.policies --out FOLDER
 """
@@ -10,11 +11,14 @@ where it was cut off.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 from torch import nn
@@ -41,12 +45,13 @@ WORKLOADS = ("decode:batch=1,context=512", "prefill:batch=1,prompt=512")
 class Result:
     """A policy's latency in a workload, ms. level: of the dense model in the runs that the map was fitted on; dense: in the same run.
 
-    lo, mean, hi: predicted; ratio: measured of the dense model's, paired by round; alone: the policy's own median; disturbed: most steps
-    were, at the last of the attempts too.
+    turn: which measurement of this policy; lo, mean, hi: predicted; ratio: measured of the dense model's, paired by round; alone: the
+    policy's own median; disturbed: most steps were, at the last of the attempts too.
     """
 
     workload: str
     policy: str
+    turn: int
     lo: float
     mean: float
     hi: float
@@ -128,9 +133,9 @@ class Benchmark:
         )
 
     def run(self) -> list[Result]:
-        """Every policy in every workload."""
+        """Every policy in every workload, every turn for itself."""
         found = self._kept()
-        done = {(result.workload, result.policy) for result in found}
+        done = {(result.workload, result.policy, result.turn) for result in found}
         fits = self.fits()
         for place, (workload, fit) in enumerate(zip(self.session.config.workloads, fits, strict=True)):
             fitted = {run.policy_key for run in LatencyModel.from_dict(fit["map"]).runs}
@@ -139,20 +144,20 @@ class Benchmark:
                 self.session.model, self.session.loaded.structure, self.session.target, self.table, workload
             )
             policies = list(random_policies(self.sites[0], self.options.policies, self.options.seed))
-            for number, policy in enumerate(policies):
-                if policy.key() in fitted or (workload.name, policy.key()) in done:
+            for turn, (number, policy) in itertools.product(range(self.options.turns), enumerate(policies)):
+                if policy.key() in fitted or (workload.name, policy.key(), turn) in done:
                     continue
                 model = engine.materialize(self.session.rounded_edits(policy))
-                result = self._result(place, fit, policy, dense[fit["dense_name"]], model)
+                result = self._result(place, turn, fit, policy, dense[fit["dense_name"]], model)
                 found.append(result)
                 self._keep(result)
                 say(
-                    f"{workload.phase} {number + 1} of {len(policies)}: {result.measured:.2f} ms, predicted {result.mean:.2f} "
-                    f"[{result.lo:.2f}, {result.hi:.2f}]"
+                    f"{workload.phase}, turn {turn + 1}, {number + 1} of {len(policies)}: {result.measured:.2f} ms, predicted "
+                    f"{result.mean:.2f} [{result.lo:.2f}, {result.hi:.2f}]"
                 )
         return found
 
-    def _result(self, place: int, fit: Fit, policy: Policy, reference: nn.Module, model: nn.Module) -> Result:
+    def _result(self, place: int, turn: int, fit: Fit, policy: Policy, reference: nn.Module, model: nn.Module) -> Result:
         workload = self.session.config.workloads[place]
         bound = LatencyModel.from_dict(fit["map"]).predict(summed(self.sites[place], fit["scales"], policy))
         options = {"rounds": self.options.rounds, "cache": self.session.config.cache_folder}
@@ -160,6 +165,7 @@ class Benchmark:
         return Result(
             workload=workload.name,
             policy=policy.key(),
+            turn=turn,
             lo=bound.lo,
             mean=bound.mean,
             hi=bound.hi,
@@ -181,11 +187,38 @@ class Benchmark:
         write_text(self.path, kept)
 
 
+def together(results: Sequence[Result]) -> list[Result]:
+    """One result a policy and workload: the mean of its turns."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.workload, result.policy), []).append(result)
+    return [
+        replace(
+            own[0],
+            ratio=fmean(result.ratio for result in own),
+            alone=fmean(result.alone for result in own),
+            dense=fmean(result.dense for result in own),
+            disturbed=any(result.disturbed for result in own),
+            load=max(result.load for result in own),
+        )
+        for own in groups.values()
+    ]
+
+
+def between_turns(results: Sequence[Result]) -> float:
+    """Standard deviation of one turn's ratio around the mean of a policy's, relative; nan where each has one turn."""
+    means = {(result.workload, result.policy): result.ratio for result in together(results)}
+    off = [result.ratio / means[result.workload, result.policy] - 1 for result in results]
+    freedom = len(results) - len(means)
+    return math.sqrt(math.fsum(each**2 for each in off) / freedom) if freedom else math.nan
+
+
 def summary(results: Sequence[Result]) -> str:
-    """A row a workload."""
+    """A row a workload, of what `together` gives; the last column is of the single turns."""
     rows = []
     for workload in dict.fromkeys(result.workload for result in results):
-        own = [result for result in results if result.workload == workload]
+        turns = [result for result in results if result.workload == workload]
+        own = together(turns)
         errors = np.array([abs(result.mean / result.measured - 1) for result in own])
         raw = np.array([abs(result.mean / result.alone - 1) for result in own])
         ratios = [result.ratio for result in own]
@@ -203,12 +236,13 @@ def summary(results: Sequence[Result]) -> str:
                 "" if rank is None else f"{rank:.3f}",
                 f"{own[0].level:.2f}",
                 f"{max(result.load for result in own):.1f}",
-                str(sum(result.disturbed for result in own)),
+                f"{sum(result.disturbed for result in turns)} of {len(turns)}",
+                f"{between_turns(turns):.1%}",
             )
         )
     return markdown(
         "workload | policies | of dense | mean error | worst | inside 90 % | half-width | mean error, raw ms | Spearman | dense, ms | "
-        "load at most | disturbed",
+        "load at most | disturbed | between turns",
         rows,
     )
 
@@ -217,7 +251,7 @@ def figure(results: Sequence[Result]) -> bytes:
     """Predicted against measured, a panel a workload."""
     panels = []
     for workload in dict.fromkeys(result.workload for result in results):
-        own = [result for result in results if result.workload == workload]
+        own = together([result for result in results if result.workload == workload])
         pairs = [Pair(r.mean / r.level, r.lo / r.level, r.hi / r.level, r.ratio) for r in own]
         panels.append(latency_panel(workload, pairs))
     return draw_pairs(panels)
@@ -232,7 +266,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of what is measured, of the summary and of the figure")
     parser.add_argument("--model", default="default")
     parser.add_argument("--policies", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=8, help="of a turn, at least")
+    parser.add_argument("--turns", type=int, default=2, help="how often every policy is measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=40_000, help="of the policies; the maps' own are of seed 0")
     parser.add_argument("--cache", type=Path, default=default_cache())
