@@ -67,9 +67,14 @@ def implementations(text: str) -> list[str]:
 
 def own_code(work: object) -> str:
     """`C++ for …`, where an object or a part of it holds a compiled function: there is no library but the project's."""
-    parts = [work, *getattr(work, "__dict__", {}).values()]
-    held = [value for part in parts for value in getattr(part, "__dict__", {}).values()]
+    held = [value for part in [work, *_attributes(work)] for value in _attributes(part)]
     return f"C++ for {compiled_for()}" if any(isinstance(value, CFuncPtr) for value in held) else ""
+
+
+def _attributes(part: object) -> list[object]:
+    """What an object of Python code holds, in its dictionary or in slots."""
+    slots = [name for kind in type(part).__mro__ for name in kind.__dict__.get("__slots__", ())]
+    return [*getattr(part, "__dict__", {}).values(), *(getattr(part, name, None) for name in slots)]
 
 
 def cuda_kernels(call: Call) -> list[str]:
