@@ -79,6 +79,7 @@ def difference(
             notify=session.progress.say,
             progress=update,
         )
+    session.progress.say(end_to_end.disturbance(runs.values()))
     found = saving(runs["dense"], runs["dense, shorter"], runs["policy"], runs["policy, shorter"])
     later = [site for site in sites if site.block >= n_kept]
     kernels = sum(

@@ -13,7 +13,7 @@ from profilers.kernels.build import Isa
 from profilers.kernels.grouped import Grouped, PackedLinear
 from profilers.kernels.kernel import Payload, Prepared, hash_of
 from profilers.kernels.lookup import LookUp
-from profilers.kernels.native import FILES, bind
+from profilers.kernels.native import FILES, PANEL, bind
 from profilers.target import Target
 
 MIN_ROWS = 16
@@ -37,7 +37,7 @@ class DecodedLinear:
         self.packed = packed
         layer = packed.layer
         self._dtype = torch.bfloat16 if layer.bf16 else torch.float32
-        self._k, self._width = int(layer.k), -(-int(layer.n) // 32) * 32
+        self._k, self._width = int(layer.k), -(-int(layer.n) // PANEL) * PANEL
         self._rounds = layer.act_bits == 8
         self._bias = None if packed.bias is None else packed.bias[: layer.n].to(self._dtype)
 

@@ -12,11 +12,10 @@ from torch import Tensor
 from methods.formats.format import Format
 from profilers.kernels.build import Isa
 from profilers.kernels.kernel import Payload, Prepared, hash_of
-from profilers.kernels.native import FILES, NativeLinear, address, bind, padded, refuses_build
+from profilers.kernels.native import FILES, PANEL, NativeLinear, address, bind, padded, refuses_build
 from profilers.target import Target
 
 _INT32_SAFE_INPUTS = 65536
-_PANEL = 32
 
 
 class Layer(ctypes.Structure):
@@ -80,7 +79,7 @@ class PackedLinear(NativeLinear):
 
     def decoded(self, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """(k, n) view of the decoded weight, inputs first because that is how the stream decodes; out: memory to use."""
-        k, width = int(self.layer.k), -(-self._n // _PANEL) * _PANEL
+        k, width = int(self.layer.k), -(-self._n // PANEL) * PANEL
         if out is None:
             out = torch.empty((k, width), dtype=dtype)
         else:

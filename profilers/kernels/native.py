@@ -13,7 +13,8 @@ from profilers.kernels.build import SOURCES, Isa, NoCompiler, library
 FILES = (*map(str, SOURCES), __file__)
 """What a kernel's hash covers besides its own file."""
 
-_PANEL = 32  # of panels.h, the widest
+PANEL = 32
+"""Outputs that the kernels' widest loop takes at once, as panels.h has it; biases are padded to whole ones."""
 
 
 def bind(isa: Isa, name: str, n_pointers: int, n_integers: int = 0) -> Callable[..., int]:
@@ -42,7 +43,7 @@ def padded(bias: Tensor | None) -> Tensor | None:
     """fp32 bias with zeros up to a whole panel, as the kernels read it."""
     if bias is None:
         return None
-    return torch.nn.functional.pad(bias.detach().float(), (0, -len(bias) % _PANEL)).contiguous()
+    return torch.nn.functional.pad(bias.detach().float(), (0, -len(bias) % PANEL)).contiguous()
 
 
 class NativeLinear:
