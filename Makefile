@@ -16,7 +16,7 @@ setup: .venv/.ready
 	touch $@
 
 demo: setup
-	$(BIN)/search run --target cpu --latency 0.65x --evaluations 4 --finalists 1
+	$(BIN)/search run --target cpu --latency auto --evaluations 4 --finalists 1
 
 test: setup check
 	$(BIN)/python -m pytest -n auto

@@ -189,11 +189,11 @@ RETAKES = 2
 
 
 def compare(
-    reference: nn.Module, model: nn.Module, workload: Workload, target: Target, **options: Any
+    reference: nn.Module, model: nn.Module, workload: Workload, target: Target, retakes: int = RETAKES, **options: Any
 ) -> tuple[Measurement, Measurement]:
     """Two models by `measure`, the reference first; options: its others.
 
-    Neighbours disturb minutes at a time, so that the whole is measured again, at most `RETAKES` times, while the interval of the ratio
+    Neighbours disturb minutes at a time, so that the whole is measured again, at most `retakes` times, while the interval of the ratio
     is wide or most steps were disturbed. What was not disturbed counts together, whatever its ratios are; where all was, all does.
     """
     takes: list[tuple[Measurement, Measurement]] = []
@@ -203,7 +203,7 @@ def compare(
         counting = [take for take in takes if not disturbance(take)]
         theirs, ours = (pooled(runs) for runs in zip(*(counting or takes), strict=True))
         ratio = ours.ratio_to(theirs)
-        if (counting and ratio.hi - ratio.lo <= 2 * STEADY * ratio.mid) or len(takes) > RETAKES:
+        if (counting and ratio.hi - ratio.lo <= 2 * STEADY * ratio.mid) or len(takes) > retakes:
             return theirs, ours
 
 
@@ -293,6 +293,11 @@ def _on_cuda(
     ready = {name: taken(step) for name, step in steps.items()}
     found = cuda_timer.steps({name: call for name, (call, _, _) in ready.items()}, device, turns, *_burst(workload))
     return {name: Measurement(samples.timing(), samples, load_average(), *ready[name][1:]) for name, samples in found.items()}
+
+
+def steps_of_turn(workload: Workload) -> int:
+    """Steps that a turn of one model runs, those that are not timed included."""
+    return sum(_burst(workload))
 
 
 def _burst(workload: Workload) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Whether a CPU runs at its full pace, by a yardstick.
 
 Work of strangers on a core's other hardware thread, heat, a battery: all of them slow a core down and none shows in load, switches or
-stolen time. Fixed work that lives in the core's own cache shows them within microseconds.
+stolen time. Fixed work that lives in the core's own cache shows them within microseconds. A machine that is never free, a rented one with a
+neighbour that does not rest, has a pace of its own: what is learned of it is taken as full, so that nothing waits for what does not come.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +30,18 @@ moves by up to 1.2.
 
 WINDOW = 64
 """The best is one that a tenth of so many consecutive readings reach: a pace, not a moment."""
+
+LEEWAY = 1.15
+"""Time of the yardstick, over what the machine usually shows, up to which a machine that is never free counts as at its full pace."""
+
+SPAN_S = 0.25
+"""Seconds whose best pace counts as one look at what a machine usually shows."""
+
+SPANS = 40
+"""Looks after which that is known, ten seconds of them, and so many are remembered."""
+
+RARELY = 0.1
+"""A machine that is at its best pace in a smaller share of the looks is one that is never free."""
 
 _FIRST_S = 1.0
 _VALUES = 4096  # floats: in every first-level cache
@@ -66,16 +80,21 @@ def yardstick(threads: int) -> Reading:
 class Pace:
     """The yardstick of a machine, now, against the best pace that it ever had there.
 
-    kept: file of the best pace, so that a process that starts on a busy core knows; what cannot be read there is measured anew.
+    best_s: seconds that the yardstick took at best; usual: what the machine shows time after time over that, 1 where it is free now and
+    then. kept: file of both, so that a process that starts on a busy core knows; what cannot be read there is measured anew.
     """
 
-    def __init__(self, read: Reading, kept: Path | None = None, first_s: float = _FIRST_S) -> None:
-        self._read = read
+    def __init__(
+        self, read: Reading, kept: Path | None = None, first_s: float = _FIRST_S, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._read, self._clock = read, clock
         self._kept = kept
         self._window: list[float] = []
-        self.best_s = best_in(kept)
-        until = time.perf_counter() + (first_s if math.isinf(self.best_s) else 0.0)
-        while math.isinf(self.best_s) or time.perf_counter() < until:
+        self._spans: deque[float] = deque(maxlen=SPANS)  # the best pace in each, seconds
+        self._span, self._span_ends = math.inf, -math.inf
+        self.best_s, self.usual = kept_in(kept)
+        until = clock() + (first_s if math.isinf(self.best_s) else 0.0)
+        while math.isinf(self.best_s) or clock() < until:
             self.now()
 
     def now(self) -> float:
@@ -87,29 +106,60 @@ class Pace:
             self._window = []
         return seconds / self.best_s
 
+    @property
+    def limit(self) -> float:
+        """Time of the yardstick, over its best, up to which the CPU is as fast as it can be here."""
+        return max(SLOW, LEEWAY * self.usual)
+
     def full(self) -> bool:
-        """Whether the CPU is as fast as it can be."""
-        return self.now() <= SLOW
+        """Whether the CPU is as fast as it can be here."""
+        return self.now() <= self.limit
+
+    @property
+    def words(self) -> str:
+        """What is unusual of this machine's pace, in a sentence; "" where it is free now and then."""
+        if self.limit <= SLOW:
+            return ""
+        return (
+            f"something always shares this machine's cores or holds their clock back: latencies are those of its usual pace, at which "
+            f"arithmetic takes {self.usual:.2f} times as long as at the best that was seen"
+        )
 
     def _note(self, seconds: float) -> None:
-        if seconds >= 0.99 * self.best_s:
+        """A pace that lasted for a window: perhaps the best, and a part of what is usual."""
+        best, usual = min(self.best_s, seconds), self.usual
+        if self._clock() >= self._span_ends:
+            if math.isfinite(self._span):
+                self._spans.append(self._span)
+            self._span, self._span_ends = math.inf, self._clock() + SPAN_S
+        self._span = min(self._span, seconds)
+        if len(self._spans) == SPANS:
+            ordered = sorted(self._spans)
+            usual = quantile(ordered, 0.5) / best if quantile(ordered, RARELY) > SLOW * best else 1.0
+        if best >= 0.99 * self.best_s and abs(usual - self.usual) <= 0.05 * self.usual:
             return
-        self.best_s = seconds
+        self.best_s, self.usual = best, usual
         if self._kept is not None:
             with contextlib.suppress(
                 OSError
             ):  # a cache that cannot be written costs the next process a second, not this one its run
-                write_text(self._kept, json.dumps({"yardstick": YARDSTICK, "seconds": seconds}) + "\n")
+                kept = {"yardstick": YARDSTICK, "seconds": self.best_s, "usual": round(usual, 3)}
+                write_text(self._kept, json.dumps(kept) + "\n")
 
 
-def best_in(path: Path | None) -> float:
-    """Seconds that the yardstick took at best, from the file that keeps it; infinite where it does not say, or of another yardstick."""
+def kept_in(path: Path | None) -> tuple[float, float]:
+    """Seconds that the yardstick took at best and what is usual over them, from the file that keeps it.
+
+    Infinite and 1 where it does not say, or of another yardstick.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
         seconds = float(found["seconds"]) if found["yardstick"] == YARDSTICK else math.inf
-    except (OSError, ValueError, KeyError, TypeError):
-        return math.inf
-    return seconds if seconds > 0 else math.inf
+        usual = float(found.get("usual", 1.0))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return math.inf, 1.0
+    known = seconds > 0 and 1 <= usual < math.inf
+    return (seconds, usual) if known else (math.inf, 1.0)
 
 
 @functools.cache

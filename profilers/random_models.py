@@ -20,10 +20,11 @@ from profilers.decoder import Block, Decoder, norm_of
 from profilers.end_to_end import Limits, Measurement, time_steps
 from profilers.kernels.device import failures
 from profilers.kernels.kernel import Prepared, hash_of
+from profilers.kernels.payloads import random_payload
 from profilers.operators import OPERATORS, contenders
 from profilers.plan import Sizes
 from profilers.runtime import Chooser, RuntimeRefusal
-from profilers.sweep import load_average, random_payload, torch_threads
+from profilers.sweep import load_average, torch_threads
 from profilers.table import Check, KernelKey, LatencyTable, Row
 from profilers.target import Target, digest_of
 from profilers.timer import Clock, exclusive

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from methods.model.weights import bias_of, weight_of
 from profilers import attention, norms
 from profilers.kernels.catalogue import kernel, supported
 from profilers.kernels.kernel import LinearKernel, Payload, Prepared
+from profilers.kernels.payloads import random_payload
 from profilers.table import KernelKey, LatencyTable
 from profilers.target import Target
 from profilers.workload import Workload
@@ -123,17 +124,37 @@ class Runtime:
         self.choose = Chooser(target, table)
         self._shared: dict[str, Tensor] = {}
         self._dense_sites: dict[str, FusedSite] = {}
+        self._payloads: dict[tuple[str, int, int], Payload] = {}
+        self._packed: dict[tuple[str, int, int], FusedSite] = {}
 
     def materialize(self, edits: Mapping[str, Edit]) -> nn.Module:
         """A model whose sites compute with the kernels of their formats; sites without an edit are dense, as they are stored."""
         for name in edits:
             self.structure.site(name)
         replaced = {name: tensor for edit in edits.values() for name, tensor in edit.tensors.items()}
+        return self._assembled(lambda site, layers: self._site(site, layers, edits.get(site.name), replaced), replaced)
+
+    def stand_in(self, formats: Mapping[str, Format]) -> nn.Module:
+        """A model that takes as long as one whose sites have these formats, by name, the others being dense; its weights are random.
+
+        A weight is made and packed once for all sites of its shape and format, each of which reads a copy of its own.
+        """
+        for name in formats:
+            self.structure.site(name)
+
+        def fused(site: Site, layers: Sequence[LayerSpec]) -> FusedSite:
+            names, sizes = [layer.name for layer in layers], [layer.d_out for layer in layers]
+            if site.name not in formats:
+                return self._dense(names, {})
+            return self._stand_in(formats[site.name], layers[0].d_in, sizes, self._bias(names, sizes, {}))
+
+        return self._assembled(fused, {})
+
+    def _assembled(self, site_of: Callable[[Site, Sequence[LayerSpec]], FusedSite], replaced: dict[str, Tensor]) -> nn.Module:
         result = self._skeleton(replaced)
         for site in self.structure.sites:
-            edit = edits.get(site.name)
             for layers in [site.layers] if site.shares_input else [(layer,) for layer in site.layers]:
-                fused = self._site(site, layers, edit, replaced)
+                fused = site_of(site, layers)
                 for index, layer in enumerate(layers):
                     result.set_submodule(layer.name, KernelLinear(fused, index, layer.d_in))
         head = self._dense([self.structure.head], replaced)
@@ -178,15 +199,38 @@ class Runtime:
             self._dense_sites[key] = made
         return self._dense_sites[key]
 
+    def _stand_in(self, fmt: Format, k: int, sizes: Sequence[int], bias: Tensor | None) -> FusedSite:
+        key = fmt.name, sum(sizes), k
+        if key not in self._payloads:
+            self._payloads[key] = random_payload(fmt, sum(sizes), k, torch.Generator().manual_seed(0))
+        if bias is not None:  # what is packed holds its bias
+            return self._fused(fmt, self._payloads[key], bias, sizes)
+        if key not in self._packed:
+            self._packed[key] = self._fused(fmt, self._payloads[key], None, sizes)
+        made = self._packed[key]
+        few = made.few.clone()
+        if made.many is made.few:
+            return FusedSite(few, few, made.rows, sizes)
+        many_kernel = self._kernels(fmt, *shape_of(fmt, self._payloads[key]))[1]
+        many = many_kernel.prepare(fmt, self._payloads[key], self.target, m=self._rows[1], like=few)
+        return FusedSite(few, many, made.rows, sizes)
+
+    @property
+    def _rows(self) -> tuple[int, int]:
+        """The rows that the kernels for few and for many are chosen for."""
+        step = self.workload.tokens_in_flight
+        return (step, max(PREFILL_ROWS, step)) if self.workload.phase == "decode" else (1, step)
+
+    def _kernels(self, fmt: Format, n: int, k: int) -> tuple[LinearKernel, LinearKernel]:
+        few, many = self._rows
+        return self.choose(fmt, n, k, few), self.choose(fmt, n, k, many)
+
     def _fused(self, fmt: Format, payload: Payload, bias: Tensor | None, sizes: Sequence[int]) -> FusedSite:
         n, k = shape_of(fmt, payload)
-        step = self.workload.tokens_in_flight
-        decode = self.workload.phase == "decode"
-        m_few, m_many = (step, max(PREFILL_ROWS, step)) if decode else (1, step)
-        few_kernel, many_kernel = self.choose(fmt, n, k, m_few), self.choose(fmt, n, k, m_many)
+        (few_kernel, many_kernel), (m_few, m_many) = self._kernels(fmt, n, k), self._rows
         few = few_kernel.prepare(fmt, payload, self.target, bias, m=m_few)
         many = few if few_kernel == many_kernel else many_kernel.prepare(fmt, payload, self.target, bias, m=m_many, like=few)
-        return FusedSite(few, many, max(FEW_ROWS, m_few) if decode else FEW_ROWS, sizes)
+        return FusedSite(few, many, max(FEW_ROWS, m_few), sizes)
 
     def _bias(self, names: Sequence[str], sizes: Sequence[int], replaced: Mapping[str, Tensor]) -> Tensor | None:
         found = [replaced.get(f"{name}.bias", bias_of(self.model.get_submodule(name))) for name in names]

@@ -16,10 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from methods.formats.format import Format, parse_format
-from methods.formats.numerics import DTYPES
-from methods.quant.minmax import minmax
-from methods.quant.nearest import nearest
+from methods.formats.format import parse_format
 from profilers import cuda_timer
 from profilers.cached_attention import Operation
 from profilers.implementation import implementation, refusal
@@ -27,6 +24,7 @@ from profilers.kernels import gate
 from profilers.kernels.catalogue import kernels
 from profilers.kernels.device import failures
 from profilers.kernels.kernel import LinearKernel, Payload, Prepared
+from profilers.kernels.payloads import random_payload
 from profilers.operators import OPERATORS, Operator, kind_of
 from profilers.pace import pace_of
 from profilers.table import KernelKey, LatencyTable, Row
@@ -117,33 +115,6 @@ def torch_threads(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def random_payload(fmt: Format, n: int, k: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random codes with scales of the size that real weights have; other than integer grids, random weights rounded to the format.
-
-    Zeros lie anywhere, as many as the format says.
-    """
-    if fmt.rank:
-        down, up = (torch.randn(*shape, generator=generator) / math.sqrt(shape[1]) for shape in ((fmt.rank, k), (n, fmt.rank)))
-        return {"down": down.to(DTYPES[fmt.dense]), "up": up.to(DTYPES[fmt.dense])}
-    weight = torch.randn(n, k, generator=generator) / math.sqrt(k)
-    if fmt.every:
-        places = torch.rand(n, k // fmt.every, fmt.every, generator=generator).argsort(-1)
-        weight.view(places.shape)[places >= fmt.kept(1, fmt.every)] = 0
-    elif fmt.zeros:
-        weight.view(-1)[torch.randperm(n * k, generator=generator)[fmt.kept(n, k) :]] = 0
-    if fmt.dense:
-        return {"weight": weight.to(DTYPES[fmt.dense])}
-    if not fmt.integer:
-        return dict(nearest(weight, fmt, minmax(weight, fmt)))
-    codes = torch.randint(fmt.code_range[0], fmt.levels, (n, k), generator=generator, dtype=torch.uint8)
-    spread = 2 / (fmt.levels * math.sqrt(k))
-    scale = ((0.5 + torch.rand(n, fmt.groups(k), generator=generator)) * spread).bfloat16()
-    if fmt.symmetric:
-        return {"codes": codes, "scale": scale}
-    shift = 0.4 + 0.2 * torch.rand(n, fmt.groups(k), generator=generator)
-    return {"codes": codes, "scale": scale, "offset": (-fmt.levels * shift * scale.float()).bfloat16()}
 
 
 def _shape(key: KernelKey) -> tuple[str, int, int, int]:

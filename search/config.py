@@ -53,7 +53,9 @@ class RunConfig:
     )
     target: str = _option("cpu", "machine to search for; `search targets` lists them")
     latency: str = _option(
-        "", "objective: median time of every stated workload, 30ms, 1.5s, or 0.6x of the dense model's", metavar="LATENCY"
+        "",
+        "objective: median time of every stated workload, 30ms, 1.5s, 0.6x of the dense model's, or auto: one that binds on the machine",
+        metavar="LATENCY",
     )
     ttft: str = _option("", "objective: median time to the first token (prefill), 200ms or 0.6x", metavar="LATENCY")
     tpot_p95: str = _option("", "objective: 95th percentile of the time per output token, 40ms", metavar="LATENCY")
@@ -80,7 +82,10 @@ class RunConfig:
         metavar="M",
     )
     data: tuple[str, ...] = _option(
-        [], "text: FILE, FOLDER or hf:NAME, for all roles or ROLE=SOURCE; may be repeated", metavar="SRC"
+        ["shipped"],
+        "text: FILE, FOLDER, hf:NAME or shipped (prose, code and dialogue of the package), for all roles or ROLE=SOURCE; may be repeated; "
+        "or generated: the model writes its own",
+        metavar="SRC",
     )
     sequence: int = _option(512, "tokens of a sequence")
     calibration_tokens: int = _option(8192, "tokens of calibration; at least 5 times the widest layer's inputs is safe")
@@ -127,6 +132,8 @@ class RunConfig:
             _parsed(parse_duration, self.budget)
         if isinstance(self.workload, str):
             object.__setattr__(self, "workload", (self.workload,))
+        if tuple(self.data) == ("generated",):  # one way to write it: studies from before there was a shipped text have none
+            object.__setattr__(self, "data", ())
         _ = self.transform_decision, self.stated_workloads, self._asked
 
     @property

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from methods.policy import DENSE, Decision, Policy
+from methods.formats.format import parse_format
+from methods.policy import DENSE
 from predictors.latency import LatencyModel
 from profilers import end_to_end
+from profilers.runtime import Runtime
 from profilers.shortened import saving, shortened
-from profilers.table import LatencyTable
 from profilers.workload import Workload
 from search.prepared import SiteOptions
 from search.session import Session
@@ -52,7 +53,7 @@ class Differenced:
 
 def difference(
     session: Session,
-    table: LatencyTable,
+    engine: Runtime,
     sites: Sequence[SiteOptions],
     workload: Workload,
     dense: nn.Module,
@@ -65,8 +66,7 @@ def difference(
     if not n_kept:
         return None
     fastest = {site.name: min(site.options, key=lambda option: option.ms) for site in sites}
-    policy = Policy({name: (Decision.parse(o.label),) for name, o in fastest.items() if o.label != DENSE.label})
-    whole = session.engine(table, workload).materialize(session.rounded_edits(policy))
+    whole = engine.stand_in({name: parse_format(o.format) for name, o in fastest.items() if o.label != DENSE.label})
     models = {"dense": dense, "policy": whole}
     models |= {f"{name}, shorter": shortened(model, structure, n_kept) for name, model in models.items()}
     with session.progress.bar("repeated blocks") as update:

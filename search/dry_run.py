@@ -11,9 +11,10 @@ from profilers.table import LatencyTable
 from search.config import ConfigError, RunConfig
 from search.explore import FIRST_STAGE, N_SIMPLE
 from search.prepare import PROBES
-from search.pricing import MIXED_RUNS, table_keys
+from search.pricing import table_keys
 from search.progress import Progress
 from search.session import Session
+from search.whole_model import MIXED_RUNS
 
 
 def dry_run(config: RunConfig, progress: Progress) -> dict[str, Any]:
@@ -41,7 +42,9 @@ def dry_run(config: RunConfig, progress: Progress) -> dict[str, Any]:
         "kernel cells to measure": f"{len(table.missing(keys))} of {len(keys)}"
         if target.present
         else "none, the target is not here",
-        "whole-model runs": (min(4, len(formats)) + MIXED_RUNS + 1) * len(config.workloads) if target.present else 0,
+        "whole-model runs": f"at most {(min(4, len(formats)) + MIXED_RUNS + 1) * len(config.workloads)}"
+        if target.present
+        else "0",
         "compressed sites to make": f"{compressed} on {config.calibration_tokens} calibration tokens",
         "sensitivities": f"{compressed} scores from 1 forward and {PROBES} backward passes",
         "true evaluations": f"at most {first} of {FIRST_STAGE * config.sequence} tokens, the best again on {config.search_tokens}",

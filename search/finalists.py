@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from torch import nn
+
 from methods.method import Edit
 from methods.policy import Policy
 from profilers import end_to_end
 from profilers.kernels.catalogue import kernels
 from profilers.label import Label
+from profilers.runtime import Runtime
 from profilers.table import LatencyTable
 from profilers.workload import Workload
 from search.evaluate import Evaluator, Quality, paired
@@ -113,22 +116,29 @@ DENSE_NAME = "dense"
 
 Edits = Mapping[str, Edit]
 
+Materialize = Callable[[Runtime, Policy], nn.Module]
+"""How a policy becomes a model on the target's kernels."""
+
 
 def measure(
     session: Session,
     prepared: Prepared,
     table: LatencyTable,
     ranked: Sequence[Ranked],
-    edits: Callable[[Policy], Mapping[str, Edit]] | None = None,
+    materialize: Materialize | None = None,
 ) -> list[Finalist]:
     """Latency of every policy in all workloads asked for, with the real kernels and interleaved with the dense model, which comes first.
 
-    On a target that is not here, what its tables give instead. edits: of a policy, for measuring anew; by default those of the session,
-    whose measurements the study keeps, so that a run that was killed goes on with the same numbers. What a contended machine gave is
-    measured again.
+    On a target that is not here, what its tables give instead. materialize: makes a policy's model, for measuring anew; by default of the
+    session's edits, whose measurements the study keeps, so that a run that was killed goes on with the same numbers. What a contended
+    machine gave is measured again.
     """
-    if edits is not None or not session.target.present:
-        return _measured(session, prepared, table, ranked, edits or session.edits)
+
+    def as_judged(engine: Runtime, policy: Policy) -> nn.Module:
+        return engine.materialize(session.edits(policy))
+
+    if materialize is not None or not session.target.present:
+        return _measured(session, prepared, table, ranked, materialize or as_judged)
     sources = [kernel.source_hash for kernel in kernels(session.target)]
     asked = [(item.name, item.simple, item.policy.key()) for item in ranked]
     about = study_key(session.config), session.target.fingerprint, session.config.objectives.text
@@ -136,7 +146,7 @@ def measure(
     kept = session.steps.get(f"measured-{key}", key)
     if kept is not None:
         return [Finalist.from_json(item) for item in kept]
-    found = _measured(session, prepared, table, ranked, session.edits)
+    found = _measured(session, prepared, table, ranked, as_judged)
     if not any(item.contended for item in found):
         session.steps.put(f"measured-{key}", key, [item.to_json() for item in found])
     return found
@@ -147,13 +157,14 @@ def _measured(
     prepared: Prepared,
     table: LatencyTable,
     ranked: Sequence[Ranked],
-    edits: Callable[[Policy], Mapping[str, Edit]],
+    materialize: Materialize,
 ) -> list[Finalist]:
     items = [Ranked(DENSE_NAME, Policy(), Quality((0.0,), (0.0,), 0), True), *ranked]
     if not session.target.present:
         return [_assumed(session.config.objectives, prepared, item) for item in items]
     runs = {
-        workload: _runs(session, prepared, table, items, workload, edits) for workload in session.config.objectives.workloads
+        workload: _runs(session, prepared, table, items, workload, materialize)
+        for workload in session.config.objectives.workloads
     }
     return [_finalist(session, prepared, item, runs) for item in items]
 
@@ -164,14 +175,14 @@ def _runs(
     table: LatencyTable,
     ranked: Sequence[Ranked],
     workload: Workload,
-    edits: Callable[[Policy], Mapping[str, Edit]],
+    materialize: Materialize,
 ) -> dict[str, end_to_end.Measurement]:
     """Every policy's runs of one workload, by its key."""
     engine = session.engine(table, workload)
     models: dict[str, Any] = {}
     for item in ranked:
         eager = not item.policy.sites and prepared.dense_name.startswith("eager")
-        models[item.policy.key()] = session.model if eager else engine.materialize(edits(item.policy))
+        models[item.policy.key()] = session.model if eager else materialize(engine, item.policy)
     with session.progress.bar(f"end-to-end latency, {workload.phase}") as update:
         found = end_to_end.measure(
             models,

@@ -95,8 +95,13 @@ def open_study(config: RunConfig) -> Iterator[Path]:
         raise ConfigError(f"{folder} cannot be written: {error.strerror}; choose another --results") from None
     with held(folder):
         remove_abandoned(folder)
-        write_text(folder / "config.toml", to_toml(replace(config, store=_without_password(config.store))))
+        save_config(config)
         yield folder
+
+
+def save_config(config: RunConfig) -> None:
+    """Writes the resolved configuration into the study's folder."""
+    write_text(config.folder / "config.toml", to_toml(replace(config, store=_without_password(config.store))))
 
 
 def _without_password(url: str) -> str:
@@ -130,12 +135,14 @@ def _check_saved(config: RunConfig, folder: Path) -> None:
         mine, theirs = getattr(config, name), saved.get(name, getattr(RunConfig(), name))
         if mine != theirs:
             raise ConfigError(
-                f"{folder}: a study with --{name.replace('_', '-')} {_shown(theirs)}, here it is {_shown(mine)}; choose another --study"
+                f"{folder}: a study with --{name.replace('_', '-')} {_shown(name, theirs)}, here it is {_shown(name, mine)}; "
+                "choose another --study"
             )
 
 
-def _shown(value: Any) -> str:
-    return ",".join(value) or "(none)" if isinstance(value, tuple) else str(value)
+def _shown(name: str, value: Any) -> str:
+    none = "generated" if name == "data" else "(none)"
+    return ",".join(value) or none if isinstance(value, tuple) else str(value)
 
 
 def study_key(config: RunConfig) -> str:

@@ -14,7 +14,25 @@ from predictors.latency import LatencyModel
 from search.config import ConfigError
 from search.objectives import ByteLimit, Objective, Objectives
 from search.prepared import Prepared
+from search.strategies.presets import uniform
 from search.strategies.problem import Floats, Limit
+
+TOWARDS_FASTEST = 0.25
+"""How far from the best simple policy's latency to the fastest's an objective lies that is chosen to bind."""
+
+
+def binding(prepared: Prepared) -> str:
+    """A latency relative to the dense model's that no single format meets best: `0.64x`.
+
+    It lies a quarter of the way from the uniform policy of least predicted loss that is faster than dense to the fastest policy of all, so
+    that some sites have to give up more than others.
+    """
+    problem = prepared.problem
+    dense, fastest = (prepared.map.predict(ms).mean for ms in (prepared.sum_ms(Policy()), problem.fastest_ms))
+    simple = [preset.policy for preset in uniform(problem)]
+    faster = [policy for policy in simple if prepared.sum_ms(policy) < prepared.sum_ms(Policy())] or [Policy()]
+    best = prepared.map.predict(prepared.sum_ms(min(faster, key=prepared.loss))).mean
+    return f"{(best - TOWARDS_FASTEST * (best - fastest)) / dense:.2f}x"
 
 
 def under(prepared: Prepared, objectives: Objectives) -> Prepared:

@@ -18,8 +18,11 @@ BYTES: tuple[ByteKind, ...] = ("memory", "size")
 _MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 _BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _NUMBER = r"\s*(\d+(?:\.\d+)?|\.\d+)\s*([A-Za-z/]*)\s*"
+AUTO = "auto"
+"""A latency that is chosen to bind on the machine: `search.limits.binding`."""
+
 _EXAMPLES = {
-    "latency": "30ms, 1.5s or 0.6x (of the dense model's latency)",
+    "latency": "30ms, 1.5s, 0.6x (of the dense model's latency) or auto",
     "ttft": "200ms or 0.6x (of the dense model's)",
     "tpot-p95": "40ms",
     "throughput": "50tok/s",
@@ -33,17 +36,20 @@ class Objective:
     """A time to meet: at most `value` ms a step of `workload`, or that share of the dense model's measured in the same interleaved run.
 
     kind: `latency` and `ttft` are medians, `tpot-p95` the 95th percentile of the time per output token, `throughput` the median
-    decode step that gives so many tokens a second over the whole batch.
+    decode step that gives so many tokens a second over the whole batch. auto: the value is to be chosen once the machine was measured.
     """
 
     value: float
     relative: bool
     kind: TimeKind = "latency"
     workload: Workload = field(default_factory=Workload)
+    auto: bool = False
 
     @property
     def text(self) -> str:
         """`30ms`, `0.6x`, `ttft=200ms`, `throughput=50tok/s`; `Objectives.parse` reads it back."""
+        if self.auto:
+            return AUTO
         if self.kind == "throughput":
             return f"throughput={1e3 * self.workload.batch / self.value:g}tok/s"
         amount = f"{self.value:g}x" if self.relative else f"{self.value:g}ms"
@@ -134,6 +140,8 @@ def file_name(text: str) -> str:
 
 def parse_objective(text: str, kind: TimeKind = "latency") -> Objective:
     """`30ms`, `1.5s`, `800us`, `0.6x`, or tokens a second for `throughput` (then of a batch of one); raises ValueError without a unit."""
+    if kind == "latency" and text.strip() == AUTO:
+        return Objective(1.0, relative=True, auto=True)
     match = re.fullmatch(_NUMBER, text)
     write = _EXAMPLES[kind]
     if not match:

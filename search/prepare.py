@@ -21,8 +21,9 @@ from profilers.workload import Workload
 from search.differencing import Differenced
 from search.files import Steps, content_key
 from search.prepared import Prepared, SiteOptions, WorkloadCost
-from search.pricing import label_of, price, priced_sites, whole_model
+from search.pricing import label_of, price, priced_sites
 from search.session import Session, all_threads
+from search.whole_model import whole_model
 
 PROBES = 4
 PROBE_SEQUENCES = 8

@@ -16,8 +16,8 @@ from search.config import ConfigError, RunConfig, device_folders
 from search.deliver import deliver, policy_text
 from search.environment import environment
 from search.files import Steps, content_key
-from search.folder import check_same, open_store, open_study, study_key
-from search.limits import kernel_budget, median_limit, tightened, under
+from search.folder import check_same, open_store, open_study, save_config, study_key
+from search.limits import binding, kernel_budget, median_limit, tightened, under
 from search.objectives import Objective
 from search.outcome import notes_of, predictor_report, search_notes, verdict
 from search.prepared import Prepared
@@ -64,7 +64,7 @@ def run_study(
     where no policy can meet the objective.
     """
     progress = progress or Progress(quiet=True)
-    objective = config.objective
+    _ = config.objective  # raises where there is none
     _check_target(config)
     with open_study(config) as folder:
         remove_abandoned(config.cache_folder)
@@ -77,13 +77,26 @@ def run_study(
             prepared = prepare_study(session, steps, key)
         else:
             prepared = Prepared.from_json(stored)
-        prepared = under(prepared, config.objectives)
+        config = settled(config, prepared, progress)
+        if session is not None:
+            session.config = config
+        prepared, objective = under(prepared, config.objectives), config.objective
         with progress.busy("solving"):
             first = resolve(prepared, objective, config)
         progress.say(describe_solution(prepared, first, config))
         if resolved:
             resolved(prepared, first)
         return validate_study(session or _session(config, progress), prepared, first, objective)
+
+
+def settled(config: RunConfig, prepared: Prepared, progress: Progress) -> RunConfig:
+    """The configuration with a latency in place of `auto`, which is kept as what the study asks."""
+    if not config.objective.auto:
+        return config
+    chosen = replace(config, latency=binding(prepared))
+    progress.say(f"--latency auto: {chosen.latency} of the dense model's, where no single format is best on this machine")
+    save_config(chosen)
+    return chosen
 
 
 def _check_target(config: RunConfig) -> None:

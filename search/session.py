@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from methods import catalogue
 from methods.apply import site_view
 from methods.bank import Bank
 from methods.formats.format import Format, parse_format
@@ -27,7 +26,7 @@ from profilers.table import KernelKey, LatencyTable
 from profilers.target import Target, local_cpu
 from profilers.workload import Workload
 from search.config import RunConfig, device_folders
-from search.data import ROLES, Corpus, generate_tokens, parse_sources, roles_from_text, roles_from_tokens
+from search.data import ROLES, SHIPPED, Corpus, generate_tokens, parse_sources, roles_from_text, roles_from_tokens
 from search.evaluate import Switch
 from search.files import Steps, content_key, kept_tensors
 from search.progress import Progress
@@ -159,7 +158,8 @@ class Session:
         }
         sizes = {role: -(-tokens[role] // length) for role in ROLES}
         sources = parse_sources(config.data)
-        if sources:
+        unread = self.stored.tokenizer is None and config.data == (SHIPPED,)
+        if sources and not unread:
             if self.stored.tokenizer is None:
                 raise ValueError(
                     f"{self.stored.source}: no tokenizer, so --data cannot be read; leave it out or add tokenizer.json"
@@ -179,9 +179,7 @@ class Session:
 
     def _generated(self, path: Path, n_sequences: int, length: int) -> Tensor:
         def make() -> dict[str, Tensor]:
-            self.progress.say(
-                f"no --data: the model writes {n_sequences} sequences of {length} tokens itself (kept for later runs)"
-            )
+            self.progress.say(f"the model writes {n_sequences} sequences of {length} tokens itself (kept for later runs)")
             with self.progress.bar("writing text") as update, all_threads():
                 here = self.target if self.target.present else local_cpu()
                 writer = Runtime(self.stored.model, self.stored.structure, here).materialize({})
@@ -212,16 +210,6 @@ class Session:
         """The edits of all sites that a policy compresses."""
         sites = [site.name for site in self.loaded.structure.sites]
         return {site: self.edit(site, policy.at(site)[0]) for site in sites if policy.at(site)[0] != DENSE}
-
-    def rounded_edits(self, policy: Policy) -> dict[str, Edit]:
-        """Edits in the policy's formats by plain rounding: for measuring speed, which the values do not change."""
-        edits = {}
-        for site in self.loaded.structure.sites:
-            decision = policy.at(site.name)[0]
-            if decision != DENSE:
-                plain = Decision.of("rtn", format=str(decision.knob("format")))
-                edits[site.name] = catalogue.apply(site_view(self.model, self.loaded.structure, site), {}, plain)
-        return edits
 
     def norm_of(self, site: Site) -> Any:
         """The norm that a scale at this site would fold into, or None."""

@@ -28,6 +28,7 @@ from search.progress import Progress
 from search.results import Answer, policy_name, save, saved_answer, saved_config, saved_prepared
 from search.run import Unreachable, describe_solution, prepare_study, resolve, validate_study
 from search.session import Session
+from search.whole_model import formats_of
 
 
 def validate(folder: Path, progress: Progress, objective: str = "", on: str = "") -> Answer:
@@ -102,7 +103,7 @@ def _measured(session: Session, prepared: Prepared, found: Answer) -> list[Final
     ranked = [Ranked(item.name, item.policy, nothing, item.simple) for item in found.finalists[1:]]
     try:
         # Speed does not depend on values, so that nothing but the policies needs to have been carried here.
-        runs = measure(session, prepared, price(session), ranked, session.rounded_edits)
+        runs = measure(session, prepared, price(session), ranked, lambda engine, policy: engine.stand_in(formats_of(policy)))
     except RuntimeRefusal as error:
         session.progress.say(f"{error}")
         return None

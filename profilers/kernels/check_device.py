@@ -27,7 +27,7 @@ from profilers.kernels import gate
 from profilers.kernels.catalogue import kernels
 from profilers.kernels.device import failures
 from profilers.kernels.kernel import LinearKernel, Payload
-from profilers.sweep import random_payload
+from profilers.kernels.payloads import random_payload
 from profilers.target import Target, local_cpu, local_cuda
 
 SHAPES = ((192, 576), (576, 576), (1536, 576), (576, 1536), (2048, 2048), (1024, 4096))

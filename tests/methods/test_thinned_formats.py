@@ -15,7 +15,7 @@ from methods.formats.numerics import Compressed, decode, payload_bits, shape_of
 from methods.model.structure import LayerSpec, Site
 from methods.policy import Decision
 from methods.policy_rules import decisions_of, spec_of
-from profilers.sweep import random_payload
+from profilers.kernels.payloads import random_payload
 
 SITE = Site("a site", "o", 0, (LayerSpec("o", "o", 0, 192, 192),))
 NAMES = ("bf16-s90", "fp32-s1", "fp16-s99", "bf16-r64", "fp32-r1", "bf16-2of4", "fp16-1of4", "bf16-4of8")

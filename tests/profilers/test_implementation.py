@@ -19,7 +19,7 @@ from profilers.kernels.build import compiled_for
 from profilers.kernels.catalogue import KERNELS
 from profilers.kernels.dense import Dense
 from profilers.kernels.kernel import Prepared
-from profilers.sweep import random_payload
+from profilers.kernels.payloads import random_payload
 from profilers.table import SCHEMA, KernelKey, LatencyTable, Row, TableError, header_of
 from profilers.target import local_cpu, local_cuda
 

@@ -20,7 +20,7 @@ from profilers.kernels.grouped import Grouped, PackedLinear
 from profilers.kernels.kernel import LinearKernel
 from profilers.kernels.lookup import LookUp
 from profilers.kernels.low_rank import LowRankFused
-from profilers.sweep import random_payload
+from profilers.kernels.payloads import random_payload
 from profilers.target import local_cpu
 
 FORMATS = (

@@ -13,7 +13,7 @@ from methods.formats.numerics import decode, quantize_activation
 from profilers.kernels.decoded import Decoded
 from profilers.kernels.grouped import PackedLinear
 from profilers.kernels.lookup import LookUp
-from profilers.sweep import random_payload
+from profilers.kernels.payloads import random_payload
 from profilers.target import local_cpu
 
 TARGET = local_cpu(1)

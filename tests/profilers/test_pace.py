@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from profilers.pace import WINDOW, YARDSTICK, Pace, best_in, yardstick
+from profilers.pace import LEEWAY, SPAN_S, SPANS, WINDOW, YARDSTICK, Pace, kept_in, yardstick
 from profilers.sweep import measure, torch_threads
 from profilers.table import KernelKey, LatencyTable, header_of
 from profilers.target import local_cpu
@@ -33,9 +33,42 @@ def test_a_faster_pace_counts_from_then_on() -> None:
 
 def test_a_process_that_starts_on_a_busy_machine_knows_the_best(tmp_path: Path) -> None:
     kept = tmp_path / "pace" / "machine.json"
-    assert made(itertools.repeat(1.0), kept).full() and best_in(kept) == 1.0
+    assert made(itertools.repeat(1.0), kept).full() and kept_in(kept)[0] == 1.0
     assert not made(itertools.repeat(1.5), kept).full()
-    assert best_in(kept) == 1.0
+    assert kept_in(kept)[0] == 1.0
+
+
+def watched(paces, kept: Path | None = None) -> tuple[Pace, list[bool]]:
+    """A machine of one pace after the other for a span each, and whether it was at its full pace at the end of each."""
+    at = {"time": 0.0, "pace": paces[0]}
+    pace = Pace(lambda: at["pace"], kept, first_s=0.0, clock=lambda: at["time"])
+    full = []
+    for at["pace"] in paces:
+        full.append([pace.full() for _ in range(2 * WINDOW)][-1])
+        at["time"] += SPAN_S
+    return pace, full
+
+
+def test_a_neighbour_that_never_rests_is_the_machines_usual_pace(tmp_path: Path) -> None:
+    """Ten seconds are waited for; then what the machine shows is what it has, also in the next process."""
+    kept = tmp_path / "machine.json"
+    pace, full = watched([1.0, *[1.5, 1.55] * SPANS], kept)
+    assert full[0] and not any(full[1 : SPANS // 2]) and all(full[-SPANS:])
+    assert pace.usual == pytest.approx(1.5, rel=0.05) and "1.5" in pace.words
+    assert pace.limit == LEEWAY * pace.usual
+    again = Pace(iter([1.6, 1.9]).__next__, kept)
+    assert again.full() and not again.full()
+
+
+def test_a_machine_that_is_free_again_is_judged_by_its_best_again() -> None:
+    pace, _ = watched([1.0, *[1.5] * (2 * SPANS), *[1.0, 1.5, 1.5] * SPANS])
+    assert pace.usual == 1.0 and not pace.words
+
+
+def test_moments_of_the_best_pace_are_waited_for() -> None:
+    """A machine that is free in one second out of five is a free one with guests."""
+    pace, _ = watched([1.0, *[1.5, 1.5, 1.5, 1.5, 1.0] * SPANS])
+    assert pace.usual == 1.0
 
 
 OTHER = '{"yardstick": "an earlier one", "seconds": 0.1}'
@@ -48,7 +81,7 @@ def test_a_file_that_is_damaged_or_of_another_yardstick_is_made_anew(tmp_path: P
     kept = tmp_path / "machine.json"
     kept.write_text(text)
     made(itertools.repeat(3.0), kept)
-    assert json.loads(kept.read_text()) == {"yardstick": YARDSTICK, "seconds": 3.0}
+    assert json.loads(kept.read_text()) == {"yardstick": YARDSTICK, "seconds": 3.0, "usual": 1.0}
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.apply import Installer
+from methods.formats.format import parse_format
 from methods.method import Edit
 from methods.model.describe import describe
 from profilers import attention, end_to_end, norms
@@ -377,3 +378,29 @@ def test_a_model_on_a_gpu_computes_the_references_logits(fmt: str) -> None:
         expected = _logits(model, tokens)
     runtime = Runtime(model, structure, target)
     assert _error(_logits(runtime.materialize(edits), tokens.cuda()).cpu(), expected) < 1e-1
+
+
+def test_a_stand_in_runs_the_kernels_of_its_formats_on_weights_of_its_own_in_every_site() -> None:
+    """What speed depends on is that of the real model: kernels, shapes, bytes, and that no weight is read twice."""
+    model = tiny_model("llama-untied")
+    structure = describe(model, "fp32")
+    formats = {site.name: "w4a16-g16-asym" if site.block else "w8a8-g16" for site in structure.sites if site.block < 2}
+    runtime = Runtime(model, structure, FP32)
+    made = runtime.stand_in({name: parse_format(fmt) for name, fmt in formats.items()})
+    real = runtime.materialize(edits_of(model, structure, formats)[1])
+    seen: set[int] = set()
+    for site, layer in structure.layers():
+        ours, theirs = (each.get_submodule(layer.name) for each in (made, real))
+        assert type(ours.site.few) is type(theirs.site.few) and type(ours.site.many) is type(theirs.site.many)
+        assert ours.site.few.size_bytes() == theirs.site.few.size_bytes() and ours.site.rows == theirs.site.rows
+        assert ours.out_features == theirs.out_features
+        if site.name not in formats:
+            assert ours.site is theirs.site
+        elif layer is site.layers[0]:
+            assert id(ours.site.few) not in seen and ours.site.few is not theirs.site.few
+            seen.add(id(ours.site.few))
+    streams = [made.get_submodule(site.layers[0].name).site.few.stream.data_ptr() for site in structure.sites if site.block < 2]
+    assert len(set(streams)) == len(streams)
+    assert torch.isfinite(_logits(made, tiny_tokens())).all()
+    with pytest.raises(KeyError, match="no site"):
+        runtime.stand_in({"nowhere": parse_format("w8a8-g16")})

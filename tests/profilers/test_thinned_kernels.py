@@ -21,8 +21,9 @@ from profilers.kernels.catalogue import supported
 from profilers.kernels.csr import Csr
 from profilers.kernels.dense import Dense
 from profilers.kernels.low_rank import LowRank, LowRankFused, tiled, untiled
+from profilers.kernels.payloads import random_payload
 from profilers.runtime import RuntimeRefusal, materialize
-from profilers.sweep import measure, random_payload
+from profilers.sweep import measure
 from profilers.table import KernelKey, LatencyTable
 from profilers.target import local_cpu
 from tests.tiny import tiny_model, tiny_tokens

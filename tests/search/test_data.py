@@ -6,7 +6,9 @@ import pandas as pd
 import pytest
 import torch
 
+from search.config import RunConfig
 from search.data import (
+    TEXT,
     DataError,
     parse_sources,
     read_documents,
@@ -34,6 +36,25 @@ def test_one_source_serves_all_roles_and_roles_may_differ() -> None:
     assert parse_sources(["a.txt"]) == dict.fromkeys(SHARES, "a.txt")
     assert parse_sources(["a.txt", "report=b.txt"]) == {**dict.fromkeys(SHARES, "a.txt"), "report": "b.txt"}
     assert parse_sources([]) == {}
+
+
+def test_the_shipped_text_serves_all_roles_without_overlap() -> None:
+    """A few hundred kilobytes of prose, code and dialogue, whose sources stand beside it."""
+    assert RunConfig().data == ("shipped",) and parse_sources(RunConfig().data) == dict.fromkeys(SHARES, "shipped")
+    documents = read_documents("shipped")
+    assert 250_000 < sum(map(len, documents)) < 600_000
+    listed = (TEXT / "README.md").read_text()
+    assert all(file.name in listed for file in TEXT.glob("*.txt"))
+    found = roles_from_text(dict.fromkeys(SHARES, "shipped"), WordTokenizer(), SHARES, 512, seed=0)
+    assert {role: len(corpus.tokens) for role, corpus in found.items()} == SHARES
+    parts = split_documents(documents, SHARES, seed=0)
+    assert not set(parts["calibrate"]) & set(parts["report"]) and not found["report"].generated
+
+
+def test_text_that_the_model_writes_is_asked_for_by_name_and_stands_alone() -> None:
+    assert RunConfig(data=("generated",)).data == () and parse_sources(()) == {}
+    with pytest.raises(DataError, match="all roles or of none"):
+        read_documents(parse_sources(["a.txt", "report=generated"])["report"])
 
 
 @pytest.mark.parametrize("specs", [["a", "b"], ["calibrate=a"], ["report=a", "report=b", "c"]])

@@ -6,9 +6,10 @@ from predictors.latency import LatencyModel
 from profilers.runtime import dense_candidates
 from search.config import RunConfig
 from search.differencing import Differenced, difference
-from search.pricing import price, priced_sites, whole_model
+from search.pricing import price, priced_sites
 from search.progress import Progress
 from search.session import Session
+from search.whole_model import whole_model
 from tests.search.run_server import fixed_prices
 from tests.tiny import save_tiny
 
@@ -37,5 +38,5 @@ def test_a_map_whose_slope_is_right_agrees_with_the_blocks_and_one_that_is_not_d
         map_ = LatencyModel.from_dict(fit["map"])
         dense = dense_candidates(session.model, session.loaded.structure, session.target, table, config.load)[fit["dense_name"]]
         steep = dataclasses.replace(map_, b1=2 * map_.b1)
-        wrong = difference(session, table, sites, config.load, dense, steep, fit["scales"])
+        wrong = difference(session, session.engine(table), sites, config.load, dense, steep, fit["scales"])
         assert wrong is not None and wrong.disagrees and wrong.predicted_ms == pytest.approx(2 * found.predicted_ms)

@@ -12,9 +12,10 @@ from profilers.operators import kind_of
 from profilers.table import LatencyTable
 from search.cli import main
 from search.config import ConfigError, RunConfig
-from search.pricing import assume_map, check_priced, price, priced_sites
+from search.pricing import check_priced, price, priced_sites
 from search.progress import Progress
 from search.session import Session
+from search.whole_model import assume_map
 from tests.search.run_server import MS_PER_BYTE, fixed_prices
 from tests.tiny import save_tiny
 

@@ -6,7 +6,8 @@ from methods.policy import DENSE, Decision, Policy
 from predictors.latency import Run, fit_latency
 from search.files import Steps, content_key
 from search.prepared import Option, SiteOptions
-from search.pricing import map_policies, worth_having
+from search.pricing import worth_having
+from search.whole_model import map_policies
 
 
 def option(fmt: str, ms: float, bits: float) -> Option:

@@ -32,11 +32,12 @@ from profilers.runtime import dense_candidates
 from search.config import RunConfig, default_cache
 from search.files import content_key
 from search.prepared import SiteOptions
-from search.pricing import Fit, price, priced_sites, whole_model
+from search.pricing import price, priced_sites
 from search.progress import Progress
 from search.report.honesty import Pair, draw_pairs, latency_panel
 from search.report.table import markdown
 from search.session import Session
+from search.whole_model import Fit, formats_of, whole_model
 
 WORKLOADS = ("decode:batch=1,context=512", "prefill:batch=1,prompt=512")
 
@@ -147,7 +148,7 @@ class Benchmark:
             for turn, (number, policy) in itertools.product(range(self.options.turns), enumerate(policies)):
                 if policy.key() in fitted or (workload.name, policy.key(), turn) in done:
                     continue
-                model = engine.materialize(self.session.rounded_edits(policy))
+                model = engine.stand_in(formats_of(policy))
                 result = self._result(place, turn, fit, policy, dense[fit["dense_name"]], model)
                 found.append(result)
                 self._keep(result)
