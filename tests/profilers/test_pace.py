@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from profilers import end_to_end, sweep
 from profilers.pace import LEEWAY, SPAN_S, SPANS, WINDOW, YARDSTICK, Pace, kept_in, yardstick
 from profilers.sweep import measure, torch_threads
 from profilers.table import KernelKey, LatencyTable, header_of
@@ -89,11 +90,12 @@ def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path: Path) -> None:
     assert made(itertools.repeat(1.0), tmp_path / "file" / "machine.json").full()
 
 
-def test_the_real_yardstick_reads_microseconds() -> None:
+def test_the_real_yardstick_reads_seconds() -> None:
+    """Some 50 µs on a free machine; on a crowded one no bound holds that would say anything."""
     for threads in (1, 2):
         with torch_threads(threads):
             read = yardstick(threads)
-            assert 1e-7 < min(read() for _ in range(20)) < 1e-2
+            assert 1e-7 < min(read() for _ in range(20)) < 10
 
 
 def test_a_sweep_asks_for_the_pace_of_its_own_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,3 +109,9 @@ def test_a_sweep_asks_for_the_pace_of_its_own_threads(monkeypatch: pytest.Monkey
     measure(replace(target, fingerprint="0" * 16), [key], table)
     assert asked and asked[0].threads == 2
     assert all(timing.disturbed for timing in table.timings(key).values())
+
+
+def test_no_other_test_waits_for_the_machine() -> None:
+    """A busy machine makes tests slower, but none of them waits for it to be free."""
+    assert sweep.pace_of(local_cpu(1)).full() and end_to_end.pace_of(local_cpu(1)).usual == 1.0
+    assert sweep.pace_of(local_cpu(1)) is end_to_end.pace_of(local_cpu(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,11 @@ from predictors.assumed import AssumedMap
 from profilers.workload import Workload, parse_workload
 from search.config import ConfigError, RunConfig, from_arguments
 from search.finalists import Finalist, Met
-from search.limits import median_limit, reached_bytes, tightened, under
+from search.limits import binding, median_limit, reached_bytes, tightened, under
 from search.objectives import ByteLimit, Objectives, file_name, parse_bytes, parse_objective
 from search.prepared import Option, Prepared, SiteOptions, WorkloadCost
+from search.progress import Progress
+from search.run import settled
 from search.strategies.presets import within_budget
 from search.strategies.price import shadow_price
 from search.strategies.problem import Infeasible
@@ -188,6 +191,27 @@ def test_objectives_become_budgets_of_kernel_time_and_bytes() -> None:
     assert reached_bytes(found, "memory", best.policy) == 1000 + 2000 + 500
     assert found.to_json() == prepared().to_json() | {"tail": 1.5}
     assert Prepared.from_json(prepared().to_json()).also == prepared().also
+
+
+def test_an_objective_that_binds_lies_between_the_best_simple_policy_and_the_fastest() -> None:
+    """Dense takes 10 ms, uniform 8 bits, of which hardly any loss comes, 8 ms, and 4 bits 4 ms."""
+    w8 = Option(Decision.of("rtn", format="w8a16-g64").label, "w8a16-g64", 8, 800, 3.0, "k", model_ms=3.0, loss=0.01)
+    sites = tuple(replace(site, options=(*site.options, w8)) for site in prepared().sites)
+    assert binding(replace(prepared(), sites=sites)) == "0.70x"
+    assert binding(prepared()) == "0.40x", "with one simple policy, which is the fastest, that one"
+    asked = of(DECODE, latency="auto")
+    assert asked.main.auto and asked.text == "auto" and Objectives.parse("auto", (DECODE,)) == asked
+    with pytest.raises(ValueError, match="not a ttft"):
+        parse_objective("auto", "ttft")
+
+
+def test_auto_is_replaced_by_what_binds_in_the_configuration_that_is_kept(tmp_path: Path) -> None:
+    config = RunConfig(latency="auto", results=str(tmp_path), study="s", store="postgresql+psycopg://me:secret@host/name")
+    chosen = settled(config, prepared(), Progress(quiet=True))
+    assert chosen.objectives.text == "0.4x" and chosen == replace(config, latency="0.40x")
+    kept = (tmp_path / "s" / "config.toml").read_text()
+    assert 'latency = "0.40x"' in kept and "secret" not in kept
+    assert settled(chosen, prepared(), Progress(quiet=True)) is chosen
 
 
 def test_a_percentile_is_a_median_with_the_measured_tail() -> None:
