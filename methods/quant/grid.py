@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -114,12 +115,17 @@ def payload(codes: Tensor, grid: Grid) -> dict[str, Tensor]:
     return {"codes": codes, **grid.parts}
 
 
-def fit_in_chunks(weight: Tensor, fit: Callable[[Tensor], Grid], chunk: int = 2**16) -> Grid:
+def fit_in_chunks(weight: Tensor, fit: Callable[[Tensor], Grid], chunk: int = 2**15) -> Grid:
     """`fit` applied to chunks of rows, small enough to stay in the cache: for fitters that pass over their weights many times.
 
-    The format has to store rows apart (`Format.by_rows`).
+    Chunks are shared out between as many threads as torch has. So small a tensor torch does not split, whose threads would otherwise wait
+    for each other at every one of thousands of operations. The format has to store rows apart (`Format.by_rows`).
     """
-    return joined([fit(part) for part in torch.split(weight.float(), max(1, chunk // weight.shape[1]))])
+    parts = torch.split(weight.float(), max(1, chunk // weight.shape[1]))
+    if len(parts) == 1 or torch.get_num_threads() == 1:
+        return joined([fit(part) for part in parts])
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return joined(list(threads.map(fit, parts)))
 
 
 def joined(parts: Sequence[Grid]) -> Grid:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ AROUND = tuple(1 + step / 25 for step in (*range(-10, 0), *range(1, 11)))
 POWERS = (2.0, 0.5)
 """For scales that are powers of two."""
 
+COARSE = 2
+"""Of so many neighbouring parts one is tried first."""
+
 Ideal = tuple[Tensor, Tensor | None]
 """Scales and offsets (n_blocks, n_groups) fp32 before they are stored."""
 
@@ -32,6 +35,8 @@ Ideal = tuple[Tensor, Tensor | None]
 def mse(weight: Tensor, fmt: Format) -> Grid:
     """For every group the candidate of least squared rounding error, `minmax` among them; weight: (d_out, d_in).
 
+    Every second part of the range is tried, then the neighbours of the best: the error is smooth in the scale but for what single weights
+    do when they round the other way.
     Never worse than `minmax` in any group: candidates are judged as they are stored, those of two levels on the second level of `minmax`.
     On minifloats with a scale a channel this searches LLM-FP4's real exponent bias, of which such a scale is the power of two.
     Raises ValueError for elements whose levels are fitted one by one.
@@ -44,14 +49,31 @@ def mse(weight: Tensor, fmt: Format) -> Grid:
 def _fit(weight: Tensor, fmt: Format) -> Grid:
     groups, d_out = grouped(weight, fmt), len(weight)
     full = minmax(weight, fmt)
+    candidate = _symmetric(full, fmt) if fmt.symmetric else _asymmetric(groups, full, fmt)
     best, best_offset = _ideal(full, fmt)
     least = squared_error(groups, full, fmt)
-    for scale, offset in _candidates(groups, full, fmt):
+
+    def tried(parts: Tensor) -> None:
+        """Takes the candidate of a part, one for all groups or one each, where it is better than the best so far."""
+        nonlocal best, best_offset, least
+        scale, offset = candidate(parts)
         error = squared_error(groups, stored(fmt, d_out, scale, offset, full), fmt)
         better = error < least
         least = torch.where(better, error, least)
-        best_offset = None if offset is None or best_offset is None else torch.where(better, offset, best_offset)
         best = torch.where(better, scale, best)
+        best_offset = None if offset is None or best_offset is None else torch.where(better, offset, best_offset)
+        chosen.copy_(torch.where(better, parts, chosen))
+
+    ladder = torch.tensor(_ladder(fmt))
+    chosen = torch.ones_like(least)
+    coarse = ladder if len(ladder) <= 2 * COARSE else ladder[COARSE // 2 :: COARSE]
+    for part in coarse:
+        tried(part.expand_as(chosen))
+    if len(coarse) < len(ladder):
+        at = (ladder - chosen[..., None]).abs().argmin(-1)
+        for step in range(-(COARSE // 2), COARSE // 2 + 1):
+            if step:
+                tried(ladder[(at + step).clamp(0, len(ladder) - 1)])
     return stored(fmt, d_out, best, best_offset, full)
 
 
@@ -60,36 +82,39 @@ def _ideal(grid: Grid, fmt: Format) -> Ideal:
     return scales.shared(fmt, grid.scale.float()), offset
 
 
-def _candidates(groups: Tensor, full: Grid, fmt: Format) -> Iterator[Ideal]:
+def _symmetric(full: Grid, fmt: Format) -> Callable[[Tensor], Ideal]:
     scale, _ = _ideal(full, fmt)
-    if fmt.symmetric:
-        for part in _parts(fmt):
-            yield scale * part, None
-        if fmt.lopsided:
-            for part in [*FULL, *_parts(fmt)]:
-                yield scale * -part, None
-        return
+    return lambda parts: (scale * parts, None)
+
+
+def _asymmetric(groups: Tensor, full: Grid, fmt: Format) -> Callable[[Tensor], Ideal]:
     low, high = groups.aminmax(dim=-1)
     low, high = pooled(low, fmt, lambda v: v.amin(0)), pooled(high, fmt, lambda v: v.amax(0))
-    for part in _parts(fmt):
-        cut = (high - low) * ((1 - part) / 2)
+
+    def candidate(parts: Tensor) -> Ideal:
+        cut = (high - low) * ((1 - parts) / 2)
         origin = scales.read(fmt, "offset", scales.write(fmt, "offset", low + cut, full.parts)).float()
-        yield (high - cut - origin).clamp(min=0) / (fmt.levels - 1), low + cut
+        return (high - cut - origin).clamp(min=0) / (fmt.levels - 1), low + cut
+
+    return candidate
 
 
-def _parts(fmt: Format) -> Sequence[float]:
+def _ladder(fmt: Format) -> list[float]:
+    """The parts that are tried, neighbours side by side; negative ones are of a symmetric grid's other sign."""
     if fmt.codec == "e8m0":
-        return POWERS
+        return list(POWERS)
     if fmt.element in ("bin", "tern"):
-        return AROUND
-    return [part for part in SHRINK if fmt.group == -1 or part > LEAST[fmt.bits] - 1e-9]
+        return list(AROUND)
+    parts = [part for part in SHRINK if fmt.group == -1 or part > LEAST[fmt.bits] - 1e-9]
+    lopsided = fmt.symmetric and fmt.lopsided
+    return [*parts[::-1], 1.0, *([-part for part in (*FULL, *parts)] if lopsided else [])]
 
 
 def squared_error(groups: Tensor, grid: Grid, fmt: Format) -> Tensor:
     """Of each set of groups that share a scale, (n_blocks, n_groups), with the arithmetic of `encode` and `decode`."""
     scale = grid.scale.float()[..., None]
     offset = 0.0 if grid.offset is None else grid.offset.float()[..., None]
-    steps = (groups - offset) / scale
+    steps = groups / scale if grid.offset is None else (groups - offset).div_(scale)
     rungs = ladder_of(fmt)
     if rungs is not None:
         steps = rungs.values[rungs.nearest(steps)]
@@ -97,4 +122,6 @@ def squared_error(groups: Tensor, grid: Grid, fmt: Format) -> Tensor:
         shift = fmt.levels // 2 if fmt.symmetric else 0
         lowest, highest = fmt.code_range
         steps = steps.round_().clamp_(lowest - shift, highest - shift)
-    return pooled(steps.mul_(scale).add_(offset).sub_(groups).square_().sum(-1), fmt, lambda v: v.sum(0))
+    # offset + steps * scale - weight in one pass, and its squares and their sum in another
+    error = torch.addcmul(groups if grid.offset is None else groups - offset, steps, scale, value=-1)
+    return pooled(torch.linalg.vecdot(error, error), fmt, lambda v: v.sum(0))

@@ -5,10 +5,10 @@ import torch
 
 from methods.formats.format import parse_format
 from methods.formats.numerics import decode
-from methods.quant.grid import Grid, grouped
+from methods.quant.grid import Grid, grouped, stored
 from methods.quant.hqq import NORM, hqq
 from methods.quant.minmax import minmax
-from methods.quant.mse import mse
+from methods.quant.mse import _ladder, mse
 from methods.quant.nearest import nearest
 
 FORMATS = [
@@ -141,3 +141,35 @@ def test_constant_and_zero_groups_get_a_scale_that_divides(fit) -> None:
     if fit is not hqq:
         symmetric = parse_format("w3a16-g16")
         assert torch.equal(decode(symmetric, nearest(weight * 0, symmetric, fit(weight * 0, symmetric))), weight * 0)
+
+
+@pytest.mark.parametrize("name", ["w4a16-g48", "w2a16-g16-asym", "w4a16"])
+def test_threads_share_a_fit_out_and_change_nothing(name: str) -> None:
+    weight, fmt = weights(900, 144), parse_format(name)
+    alone = mse(weight, fmt)
+    torch.set_num_threads(3)
+    try:
+        shared = mse(weight, fmt)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(alone.scale, shared.scale) and len(weight) * 144 > 2**16
+    assert alone.offset is None or (shared.offset is not None and torch.equal(alone.offset, shared.offset))
+
+
+@pytest.mark.parametrize("name", ["w4a16-g48", "w3a16-g48-asym", "w2a16-g16"])
+def test_mse_is_hardly_worse_than_every_part_of_the_range_tried(name: str) -> None:
+    """Half of the candidates and the neighbours of the best find what all of them do, but for a hundredth of the error."""
+    weight, fmt = weights(96, 144), parse_format(name)
+    found = group_errors(weight, name, mse(weight, fmt))
+    full = minmax(weight, fmt)
+    least = group_errors(weight, name, full)
+    low, high = grouped(weight, fmt).aminmax(dim=-1)
+    for part in _ladder(fmt):
+        if fmt.symmetric:
+            grid = stored(fmt, len(weight), full.scale.float() * part)
+        else:
+            cut = (high - low) * ((1 - part) / 2)
+            grid = stored(fmt, len(weight), (high - low - 2 * cut) / (fmt.levels - 1), low + cut)
+        least = torch.minimum(least, group_errors(weight, name, grid))
+    assert float(found.sum()) <= 1.01 * float(least.sum())
+    assert float((found > 1.2 * least).double().mean()) < 0.05
