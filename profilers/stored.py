@@ -11,6 +11,7 @@ from typing import Any
 
 from methods.atomic import write_bytes
 from profilers.table import SCHEMA, LatencyTable, TableError, check_header
+from profilers.target import differences
 
 _METADATA = b"isolatency"
 _COLUMNS = (
@@ -76,9 +77,11 @@ def merge(tables: Sequence[LatencyTable]) -> LatencyTable:
     first = tables[0]
     for other in tables[1:]:
         if other.fingerprint != first.fingerprint:
+            one, two = (table.header.get("facts") or {} for table in (first, other))
+            apart = "; ".join(differences(one, two, ("in the first", "in the second")))
             raise TableError(
                 f"tables of two devices or set-ups cannot be merged: {first.description} ({first.fingerprint}) and "
-                f"{other.description} ({other.fingerprint})"
+                f"{other.description} ({other.fingerprint}){f'; they differ in {apart}' if apart else ''}"
             )
     merged = LatencyTable(first.fingerprint, first.description, header=tables[-1].header)
     for table in tables:

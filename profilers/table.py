@@ -260,6 +260,7 @@ def header_of(target: Target) -> dict[str, Any]:
         "kind": KIND,
         "fingerprint": target.fingerprint,
         "description": target.description,
+        "facts": dict(target.facts),
         "arch": target.arch,
         "device": target.device,
         "sheet": target.sheet,

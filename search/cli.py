@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--cache", default="", help="cache folder")
     cache.add_argument("--verify", action="store_true", help="read and check everything")
     cache.add_argument(
-        "--clear", default="", metavar="KIND", help="delete models, tables, generated, rotations, kernels, pace or all"
+        "--clear", default="", metavar="KIND", help="delete models, tables, maps, generated, rotations, kernels, pace or all"
     )
     cache.add_argument("--results", default="results", help="folder of the studies whose banks count [results]")
     cache.add_argument(

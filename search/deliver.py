@@ -12,6 +12,8 @@ from search.prepared import Prepared
 from spaces.runtimes import runtime
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from search.finalists import Finalist
     from search.results import Answer
     from search.session import Session
@@ -98,8 +100,13 @@ def export_formats(config: RunConfig) -> tuple[str, ...]:
     return config.export or ((own,) if own in EXPORTERS else ("dense",))
 
 
-def export_answer(session: Session, name: str, file: Any, edits: Mapping[str, Any], folder: Path, required: bool) -> Any:
-    """Export, load back in the stock runtime and compare; where it was not `required`, a refusal is only reported."""
+def export_answer(
+    session: Session, name: str, file: Any, edits: Mapping[str, Any], folder: Path, required: bool, ids: Tensor | None = None
+) -> Any:
+    """Export, load back in the stock runtime and compare; where it was not `required`, a refusal is only reported.
+
+    ids: (b, t) token ids to compare on; by default the report text's first sequence.
+    """
     from search.evaluate import Switch
     from search.export.registry import exporter
 
@@ -117,7 +124,7 @@ def export_answer(session: Session, name: str, file: Any, edits: Mapping[str, An
     switch: Switch = session.switch
     switch.edits(edits)
     with session.progress.busy(f"loading the {name} export back"):
-        check = module.verify(folder, session.model, session.corpora["report"].tokens[:1])
+        check = module.verify(folder, session.model, session.corpora["report"].tokens[:1] if ids is None else ids)
     switch.dense()
     if not check.ok:
         raise ValueError(f"export {folder}: what stock runtimes load is not what was evaluated: {check.message}")

@@ -162,17 +162,32 @@ def _stat(path: Path) -> list[Any]:
 
 
 def check_same(session: Session, prepared: Prepared) -> None:
-    """Raises ConfigError where the study was prepared for another model or device."""
+    """Raises ConfigError where the study was prepared for another model or device, and says in what the devices differ."""
+    check_model(session, prepared)
+    if session.target.fingerprint == prepared.target["fingerprint"]:
+        return
+    from profilers.target import differences
+
+    apart = "; ".join(differences(prepared.target.get("facts") or {}, session.target.facts))
+    raise ConfigError(
+        f"{session.config.folder}: measured on another device or set-up ({prepared.target['description']}, fingerprint "
+        f"{prepared.target['fingerprint']}; here {session.target.fingerprint}{f', which differs in {apart}' if apart else ''}); choose "
+        f"another --study{', or make that equal' if apart else ''}"
+    )
+
+
+def check_model(session: Session, prepared: Prepared) -> None:
+    """Raises ConfigError where the study was prepared for another model: what needs its weights alone needs no device."""
     if session.loaded.digest != prepared.model["digest"]:
         raise ConfigError(
             f"{session.config.folder}: a study of another model ({prepared.model['label']}, digest {prepared.model['digest']}; here "
             f"{session.loaded.digest}); choose another --study"
         )
-    if session.target.fingerprint != prepared.target["fingerprint"]:
-        raise ConfigError(
-            f"{session.config.folder}: measured on another device or set-up ({prepared.target['description']}, fingerprint "
-            f"{prepared.target['fingerprint']}; here {session.target.fingerprint}); choose another --study"
-        )
+
+
+def has_store(config: RunConfig) -> bool:
+    """Whether the study's evaluations may lie somewhere already."""
+    return bool(config.store) or (config.folder / "study.db").exists()
 
 
 def open_store(session: Session) -> Store:

@@ -172,6 +172,8 @@ def materialize(policy: Path, out: Path, config: RunConfig, study: Path | None, 
         raise ConfigError(
             f"{study}: its --transform {config.transform} is not that of {policy}; leave --study out to compress here"
         )
+    if study is not None:
+        session.calibration = saved_prepared(study).data["calibrate"]["sha256"]
     edits = _from_study(session, file) if study is not None else _compressed(session, file.policy)
     checkpoint.write(out, session.loaded, file, edits)
 
@@ -221,20 +223,24 @@ def export_study(
 ) -> tuple[Path, Any]:
     """Export a study's answer; returns the folder and what loading it back showed. Refuses what the format cannot express.
 
+    Needs the study and its model, not the device that it was searched for.
     wanted: `best`, or another measured policy: its name, or its row in the table of `search show`, counted from 1.
     """
     from search.deliver import checkpoint_folder, export_answer, policy_file_of
-    from search.folder import check_same
+    from search.export.standalone import sample_tokens
+    from search.folder import check_model
 
     source, item = measured_policy(folder, answer, wanted)
     config = replace(saved_config(folder), study=folder.name, results=str(folder.parent))
     session = Session(config, progress)
     prepared = saved_prepared(folder)
-    check_same(session, prepared)
+    check_model(session, prepared)
+    session.calibration = prepared.data["calibrate"]["sha256"]
     place = checkpoint_folder(folder, item)
     try:
         edits = checkpoint.read(place).edits if place.exists() else Judge(session, prepared).edits(item)
     except KeyError as error:
         raise ConfigError(f"{error.args[0]}; repeat the study's `search run`, which makes it again") from None
     path = out or folder / "exports" / name / place.name
-    return path, export_answer(session, name, policy_file_of(session, prepared, item, source), edits, path, required=True)
+    file = policy_file_of(session, prepared, item, source)
+    return path, export_answer(session, name, file, edits, path, True, sample_tokens(session.stored))

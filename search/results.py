@@ -19,7 +19,7 @@ from search.finalists import DENSE_NAME, Finalist, Met
 from search.frontier import Candidate, Fidelity, frontier, write_csv
 from search.limits import reached_ms, under
 from search.objectives import Objective, Objectives, file_name
-from search.prepared import Prepared, WorkloadCost
+from search.prepared import Prepared, WorkloadCost, by_format
 from search.report import content
 from search.report.content import DataUse, Entry, Guard, LatencyFit, ReportData, Verdict
 from search.report.honesty import Pair
@@ -270,7 +270,7 @@ def latency_pairs(
             own = found.setdefault(time.workload.name, {})
             fitted = fitted_on(prepared, time.workload.name)
             for item in source.finalists:
-                unseen = item.policy.sites and item.policy.key() not in fitted
+                unseen = item.policy.sites and not {item.policy.key(), by_format(item.policy).key()} & fitted
                 if item.label == "measured" and unseen and prepared.covers(item.policy):
                     mean, lo, hi, dense = reached_ms(prepared, time, item.policy)
                     # Of a finalist whose other times nobody kept, as before there were several, only the main one is known.
@@ -280,7 +280,7 @@ def latency_pairs(
 
 
 def fitted_on(prepared: Prepared, workload: str) -> set[str]:
-    """Keys of the policies that a workload's map was fitted on."""
+    """Keys of the policies that a workload's map was fitted on, by their formats; in earlier versions by their methods too."""
     other = [cost.map for cost in prepared.also if cost.workload == workload]
     return {run.policy_key for run in (other[0] if other else prepared.map).runs}
 

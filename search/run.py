@@ -16,7 +16,7 @@ from search.config import ConfigError, RunConfig, device_folders
 from search.deliver import deliver, policy_text
 from search.environment import environment
 from search.files import Steps, content_key
-from search.folder import check_same, open_store, open_study, save_config, study_key
+from search.folder import check_same, has_store, open_store, open_study, save_config, study_key
 from search.limits import binding, kernel_budget, median_limit, tightened, under
 from search.objectives import Objective
 from search.outcome import notes_of, predictor_report, search_notes, verdict
@@ -130,10 +130,11 @@ def prepare_study(session: Session, steps: Steps, key: str) -> Prepared:
     from search.prepare import prepare
     from search.pricing import check_priced
 
-    # What cannot be searched is refused before the model writes text or anything is measured.
+    # What cannot be searched is refused before any text is read or anything is measured; a new store can be no stranger's.
     _ = session.space
     check_priced(session)
-    open_store(session)
+    if has_store(session.config):
+        open_store(session)
     steps.put("environment", key, environment(session.target))
     prepared = prepare(session, steps, key)
     steps.put("prepared", key, prepared.to_json())

@@ -23,7 +23,7 @@ from profilers.kv_cache import new_cache
 from profilers.resolution import resolve
 from profilers.runtime import Runtime
 from profilers.table import KernelKey, LatencyTable
-from profilers.target import Target, local_cpu
+from profilers.target import Target, TargetError, local_cpu
 from profilers.workload import Workload
 from search.config import RunConfig, device_folders
 from search.data import ROLES, SHIPPED, Corpus, generate_tokens, parse_sources, roles_from_text, roles_from_tokens
@@ -181,11 +181,23 @@ class Session:
         def make() -> dict[str, Tensor]:
             self.progress.say(f"the model writes {n_sequences} sequences of {length} tokens itself (kept for later runs)")
             with self.progress.bar("writing text") as update, all_threads():
-                here = self.target if self.target.present else local_cpu()
-                writer = Runtime(self.stored.model, self.stored.structure, here).materialize({})
+                writer = Runtime(self.stored.model, self.stored.structure, self._machine()).materialize({})
                 return {"tokens": generate_tokens(writer, new_cache, n_sequences, length, self.config.seed, update)}
 
         return kept_tensors(path, make, self.progress.say)["tokens"]
+
+    def _machine(self) -> Target:
+        """What writes text: the target where it is here, else this machine's CPU."""
+        try:
+            target = self.target
+        except TargetError:
+            return local_cpu()
+        return target if target.present else local_cpu()
+
+    @cached_property
+    def calibration(self) -> str:
+        """Hash of the calibration text; what a study used is set where the text itself is not needed again."""
+        return self.corpora["calibrate"].sha256
 
     @cached_property
     def bank(self) -> Bank:
@@ -195,7 +207,7 @@ class Session:
     @cached_property
     def bank_folder(self) -> Path:
         """Named by model and calibration text, so that a changed one finds another bank."""
-        return self.config.folder / "bank" / content_key(self.loaded.digest, self.corpora["calibrate"].sha256)
+        return self.config.folder / "bank" / content_key(self.loaded.digest, self.calibration)
 
     def edit(self, site: str, decision: Decision) -> Edit:
         """What a decision made of a site, from the bank."""

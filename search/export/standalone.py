@@ -42,15 +42,17 @@ def export_checkpoint(folder: Path, name: str, out: Path) -> Verification:
     with Installer(loaded.model, loaded.structure) as installer:
         for site, edit in stored.edits.items():
             installer.install(site, edit)
-        check = module.verify(out, loaded.model, _ids(loaded))
+        check = module.verify(out, loaded.model, sample_tokens(loaded))
     if not check.ok:
         raise ValueError(f"export {out}: what was loaded back is not the checkpoint's model: {check.message}")
     return check
 
 
-def _ids(loaded: LoadedModel) -> Tensor:
-    """Token ids (1, t) of a plain text, or drawn with a fixed seed for a model without a tokenizer."""
+def sample_tokens(loaded: LoadedModel) -> Tensor:
+    """Token ids (1, t) of a plain text, as long as the model's positions go, or drawn with a fixed seed without a tokenizer."""
     if loaded.tokenizer is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(loaded.structure.n_vocab, (1, 64), generator=generator)
-    return torch.tensor([loaded.tokenizer(_TEXT)["input_ids"]])
+    config = loaded.model.config
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return torch.tensor([loaded.tokenizer(_TEXT)["input_ids"][:most]])
