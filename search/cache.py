@@ -21,6 +21,7 @@ KINDS: Mapping[str, str] = {
     "maps": "whole-model latency maps of this machine",
     "generated": "text that models wrote themselves",
     "rotations": "rotations that were learned",
+    "materialized": "finished blocks of checkpoints that `search materialize` has not finished",
     "kernels": "compiled kernels",
 }
 """The folders of the cache and what they hold."""
@@ -231,5 +232,8 @@ _CHECKS: Mapping[str, Callable[[Path], str]] = {
     "maps": _map,
     "generated": _tensors,
     "rotations": _tensors,
+    "materialized": lambda folder: next(
+        (problem for file in sorted(folder.rglob("*.safetensors")) if (problem := _edit(file))), ""
+    ),
     "kernels": _compiled,
 }

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from search.results import Answer
 
 
+GOING_ON = ("run", "profile", "materialize")
+"""The commands that keep what they finished, and go on from there when they are given again."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point: 0 for success, 1 for an objective that is not met, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
     parser = _parser()
@@ -35,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stopped_by_term():
             return int(parsed.command(parsed))
     except KeyboardInterrupt as stop:
-        sys.stderr.write("interrupted; everything finished so far is kept, the same command goes on from there\n")
+        goes_on = "; everything finished so far is kept, the same command goes on from there" if parsed.goes_on else ""
+        sys.stderr.write(f"interrupted{goes_on}\n")
         return 143 if isinstance(stop, Terminated) else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, parents=[common])
-        sub.set_defaults(command=run)
+        sub.set_defaults(command=run, goes_on=name in GOING_ON)
         return sub
 
     run = command("run", _run, "search, validate and export a policy for a latency objective")
@@ -104,7 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--cache", default="", help="cache folder")
     cache.add_argument("--verify", action="store_true", help="read and check everything")
     cache.add_argument(
-        "--clear", default="", metavar="KIND", help="delete models, tables, maps, generated, rotations, kernels, pace or all"
+        "--clear",
+        default="",
+        metavar="KIND",
+        help="delete models, tables, maps, generated, rotations, materialized, kernels, pace or all",
     )
     cache.add_argument("--results", default="results", help="folder of the studies whose banks count [results]")
     cache.add_argument(

@@ -203,11 +203,12 @@ def explore(
         depth=prepared.depth,
         seed=config.seed,
     )
+    before_now = truth.n_new
     with progress.bar("true evaluations") as update:
         for index, candidate in enumerate(must):
             if index < N_CERTAIN or not truth.budget.spent():
                 strategy.tell([search.evaluate(*candidate)])
-            update(index + 1, total)
+            update(index + 1, total, index + 1 - (truth.n_new - before_now))
         proposed = 0
         while proposed < config.evaluations and not truth.budget.spent():
             policies = strategy.ask(min(BATCH, config.evaluations - proposed))
@@ -218,7 +219,8 @@ def explore(
                     break
                 proposed += 1
                 strategy.tell([search.evaluate(f"refined {policy.key()[:6]}", policy, False)])
-                update(len(must) + proposed, total)
+                done = len(must) + proposed
+                update(done, total, done - (truth.n_new - before_now))
     return search.promoted(config.finalists)
 
 
@@ -265,14 +267,14 @@ class _Search:
             )
         by_kl = sorted(fitting, key=lambda item: item.quality.kl)
         chosen = [item for item in by_kl if not item.simple][: n_finalists + 2] + [item for item in by_kl if item.simple][:2]
-        ranked = []
+        ranked, before_now = [], self._truth.n_new
         with self._progress.bar("promoted candidates") as update:
             for index, item in enumerate(chosen):
                 if self._truth.budget.spent():
                     return [item for item in by_kl if item in chosen]
                 quality = self._truth.quality(item.name, item.policy, self._truth.n_sequences)
                 ranked += [replace(item, quality=quality)] if np.isfinite(quality.kl) else []
-                update(index + 1, len(chosen))
+                update(index + 1, len(chosen), index + 1 - (self._truth.n_new - before_now))
         return sorted(ranked, key=lambda item: item.quality.kl)
 
     def _fits(self, policy: Policy) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,8 +79,8 @@ class Busy(ConfigError):
 def open_study(config: RunConfig) -> Iterator[Path]:
     """The study's folder with its resolved configuration, held against other runs until the block ends.
 
-    What killed runs left unfinished in it is removed. Raises ConfigError where the path is something else or the study is about something
-    else, `Busy` where another run holds it.
+    What killed runs left unfinished in it is removed, and a new folder where an error ends the block before anything else lies in it.
+    Raises ConfigError where the path is something else or the study is about something else, `Busy` where another run holds it.
     """
     folder = config.folder
     if folder.exists() and not folder.is_dir():
@@ -88,6 +89,7 @@ def open_study(config: RunConfig) -> Iterator[Path]:
         raise ConfigError(f"{folder} holds something that is no study; choose another --study or --results")
     if (folder / "config.toml").exists():
         _check_saved(config, folder)
+    new = not (folder / "config.toml").exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / LOCK).touch()
@@ -96,7 +98,12 @@ def open_study(config: RunConfig) -> Iterator[Path]:
     with held(folder):
         remove_abandoned(folder)
         save_config(config)
-        yield folder
+        try:
+            yield folder
+        except Exception:
+            if new and {path.name for path in folder.iterdir()} <= {"config.toml", LOCK}:
+                shutil.rmtree(folder)  # what was asked for was refused: there is no study
+            raise
 
 
 def save_config(config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from methods import checkpoint, policy_file
+from methods.bank import Bank
 from methods.catalogue import model_method
 from methods.formats.numerics import payload_bits
 from methods.formats.sides import plain
@@ -31,8 +33,9 @@ from profilers.sweep import torch_threads
 from profilers.table import LatencyTable
 from profilers.target import Target
 from search.config import ConfigError, RunConfig, default_cache
+from search.files import content_key
 from search.finalists import Judge
-from search.in_order import compress_in_order, ordered_bank, stored
+from search.in_order import compress_in_order, needs_order, ordered_bank, stored
 from search.progress import Progress
 from search.results import BEST, Answer, measured_policy, saved_config, saved_prepared
 from search.session import Session
@@ -153,7 +156,8 @@ def materialize(policy: Path, out: Path, config: RunConfig, study: Path | None, 
     """Turn a policy file into a checkpoint.
 
     With a study, the weights that it judged are used, bit for bit; otherwise sites are compressed here, calibrated on `config`'s text, and
-    in order on the compressed prefix. Simulated methods are as good as any here.
+    in order on the compressed prefix; blocks are kept in the cache until the checkpoint is written, and an interrupted call goes on from
+    them. Simulated methods are as good as any here.
     """
     if study is not None:
         config = replace(saved_config(study), cache=config.cache)
@@ -176,6 +180,8 @@ def materialize(policy: Path, out: Path, config: RunConfig, study: Path | None, 
         session.calibration = saved_prepared(study).data["calibrate"]["sha256"]
     edits = _from_study(session, file) if study is not None else _compressed(session, file.policy)
     checkpoint.write(out, session.loaded, file, edits)
+    if study is None:
+        shutil.rmtree(_unfinished(session, file.policy), ignore_errors=True)
 
 
 def cache_format(policy: Policy, structure: Structure) -> CacheFormat | None:
@@ -206,7 +212,15 @@ def _compressed(session: Session, policy: Policy) -> dict[str, Edit]:
         what = f"{len(edits)} sites, {bits / weights:.2f} bits a weight" if weights else "dense"
         progress.say(f"block {block + 1} of {len(structure.blocks)}: {what}, {time.monotonic() - began:.0f} s")
 
-    return compress_in_order(session, policy, None, "compressing", finished)
+    folder = _unfinished(session, policy)
+    return compress_in_order(session, policy, Bank(folder), "compressing", finished)
+
+
+def _unfinished(session: Session, policy: Policy) -> Path:
+    """Where finished blocks of a checkpoint lie until it is written, so that an interrupted command goes on from there."""
+    text = session.calibration if needs_order(policy) else ""
+    key = content_key(session.loaded.digest, text, policy.key(), session.config.seed)
+    return session.config.cache_folder / "materialized" / key
 
 
 def _from_study(session: Session, file: policy_file.PolicyFile) -> dict[str, Edit]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from methods import catalogue
 from methods.apply import site_view
 from methods.bank import Bank
 from methods.calibrate import sweep
 from methods.method import Edit, Stats
-from methods.policy import DENSE, Policy
+from methods.model.structure import Site
+from methods.policy import DENSE, Decision, Policy
 from search.session import Session, all_threads
 
 
@@ -62,13 +63,19 @@ def compress_in_order(
             visit(block, {})
         return result
     session.switch.dense()
+    kept_blocks = [block for block in range(len(structure.blocks)) if _kept_whole(structure.in_block(block), chosen, bank)]
     with session.progress.bar(name) as update, all_threads():
 
         def reported(block: int, stats: Mapping[str, Stats]) -> dict[str, Edit]:
             own = visit(block, stats)
-            update(block + 1, len(structure.blocks))
+            update(block + 1, len(structure.blocks), sum(before <= block for before in kept_blocks))
             return own
 
         needs = {site: catalogue.needs([decision]) for site, decision in chosen.items()}
         sweep(session.model, structure, session.corpora["calibrate"].sequences(), needs, reported)
     return result
+
+
+def _kept_whole(sites: Sequence[Site], chosen: Mapping[str, Decision], bank: Bank | None) -> bool:
+    """Whether a bank has everything that is decided at the sites, so that nothing is left to compute there."""
+    return bank is not None and all(bank.has(site.name, chosen[site.name]) for site in sites if site.name in chosen)

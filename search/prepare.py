@@ -36,23 +36,28 @@ SCORES = 2
 
 def prepare(session: Session, steps: Steps, key: str) -> Prepared:
     """All steps, each taken from the study where it was done before."""
-    began = time.monotonic()
+    began, step = time.monotonic(), session.progress.step
+    step("latency table")
     table = price(session)
     priced_s = time.monotonic() - began
     costs = priced_sites(session, table)
     for warning in kernels_alone(costs, session.config):
         session.progress.say(warning)
+    step("whole-model map")
     fits = kept_maps(session, steps, table, costs, content_key(key, session.target.fingerprint))
     priced = _priced(session, table, costs, fits)
     mapped_s = time.monotonic() - began - priced_s
     session.progress.say(reachable(priced, session.config))
+    step("text")
     corpora = session.corpora
     text_s = time.monotonic() - began - priced_s - mapped_s
     decisions = decisions_of(priced.sites)
+    step("calibration")
     calibrate(session, decisions)
     calibrated_s = time.monotonic() - began - priced_s - mapped_s - text_s
     texts = (corpora["search"].sha256, corpora["calibrate"].sha256)
     score_key = content_key(key, session.loaded.digest, *texts, PROBES, PROBE_LENGTH, SCORES)
+    step("sensitivities")
     scores = steps.made("scores", score_key, lambda: score_choices(session, decisions))
     scored_s = time.monotonic() - began - priced_s - mapped_s - text_s - calibrated_s
     return replace(
@@ -145,6 +150,7 @@ def calibrate(session: Session, decisions: Decisions) -> None:
     session.progress.say(
         f"calibrating on {session.corpora['calibrate'].tokens.numel()} tokens, {n_missing} compressed sites to make"
     )
+    visited: list[int] = []
     with session.progress.bar("calibration") as update, all_threads():
 
         def visit(block: int, stats: Mapping[str, Stats]) -> None:
@@ -153,7 +159,9 @@ def calibrate(session: Session, decisions: Decisions) -> None:
                 edits = catalogue.apply_many(view, stats, missing[site.name])
                 for decision, edit in zip(missing[site.name], edits, strict=True):
                     session.bank.put(site.name, decision, edit)
-            update(block + 1, len(structure.blocks))
+            visited.append(block)
+            done = len(structure.blocks) - len(todo) + len(visited)
+            update(done, len(structure.blocks), len(structure.blocks) - len(todo))
 
         sweep(session.model, structure, batches, needs, visit, skip=lambda block: block not in todo, dense=True)
 

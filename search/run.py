@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from search.session import Session
     from search.study import Store
 
+PREPARING = ("latency table", "whole-model map", "text", "calibration", "sensitivities")
+SEARCHING = ("search", "measuring the finalists", "judging them on other text", "report, checkpoint and export")
+"""What a run does, in the words of its progress."""
+
 ATTEMPTS = 3
 """Times that a missed objective is tightened and solved again before the run says that it cannot be met."""
 
@@ -71,6 +75,7 @@ def run_study(
         steps = Steps(folder / "steps")
         key = study_key(config)
         stored = steps.get("prepared", key)
+        progress.follow((*PREPARING, *SEARCHING) if stored is None else SEARCHING)
         session: Session | None = None
         if stored is None:
             session = _session(config, progress)
@@ -122,7 +127,18 @@ def _session(config: RunConfig, progress: Progress) -> Session:
         find_tasks(config.tasks)
         if session.loaded.tokenizer is None:
             raise ConfigError(f"--tasks: {session.loaded.source} has no tokenizer; leave --tasks out or add tokenizer.json")
+    _warn_busy(session)
     return session
+
+
+def _warn_busy(session: Session) -> None:
+    """Says, before anything is timed, that the machine is not quiet, and why that is worth knowing."""
+    from profilers.doctor import disturbances
+
+    found = disturbances(session.target, session.config.cache_folder)
+    if found:
+        why = "; ".join(f"{finding.name}: {finding.detail}" for finding in found)
+        session.progress.say(f"warning: this machine is busy, so that timings take longer and may not count as met: {why}")
 
 
 def prepare_study(session: Session, steps: Steps, key: str) -> Prepared:
@@ -201,9 +217,11 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
         found = anchor(session, prepared, table, found, objective)
     finalists: list[Finalist] = []
     for attempt in range(ATTEMPTS):
+        session.progress.step("search")
         ranked = explore(
             prepared, truth, store, found.solution, found.budget_ms, config, session.progress, _begun(session, store, found)
         )
+        session.progress.step("measuring the finalists")
         finalists = _measure(session, prepared, table, ranked, truth)
         searched = [item for item in finalists if not item.simple]
         if any(item.meets for item in searched) or attempt == ATTEMPTS - 1 or not session.target.present:
@@ -212,6 +230,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
         if again is None:
             break
         prepared, found = again
+    session.progress.step("judging them on other text")
     judge = Judge(session, prepared)
     finalists = [judge.validate(item) if item.meets else item for item in finalists]
     chosen, simple, difference = choose(finalists, config.max_kl)
@@ -255,6 +274,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
         notes=(*notes_of(session, prepared, finalists, chosen, simple, config), *search_notes(truth)),
     )
     texts = {policy_name(item, answer): policy_text(session, prepared, item, answer) for item in finalists if item.policy.sites}
+    session.progress.step("report, checkpoint and export")
     with session.progress.busy("writing the report"):
         save(folder, answer, prepared, config, texts)
     if answer.best is not None and answer.best.policy.sites:

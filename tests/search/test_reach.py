@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from methods.policy import DENSE, Decision
+from profilers.doctor import Finding
 from search.cli import main
 from search.config import RunConfig
 from search.prepared import Option, SiteOptions
@@ -96,3 +97,15 @@ def test_kernel_times_alone_warn_and_do_not_refuse() -> None:
     (absolute,) = kernels_alone([sites], RunConfig(latency="5ms"))
     assert absolute.startswith("warning: 5ms")
     assert kernels_alone([sites], RunConfig(latency="6ms")) == []
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_busy_machine_is_said_before_anything_is_timed(
+    busy: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("profilers.doctor.load_average", lambda: 9.0 if busy else 0.0)
+    monkeypatch.setattr("profilers.doctor._pace", lambda _: Finding("pace", not busy, "half as fast as it can be"))
+    assert run(model, tmp_path, "--latency", "0.01x") == 2
+    before, _, _ = capsys.readouterr().err.partition("latency table")
+    assert ("this machine is busy" in before) == busy
+    assert not busy or ("9.0 processes ran or waited" in before and "half as fast" in before)
