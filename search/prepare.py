@@ -45,13 +45,13 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
         session.progress.say(warning)
     step("whole-model map")
     fits = kept_maps(session, steps, table, costs, content_key(key, session.target.fingerprint))
-    priced = _priced(session, table, costs, fits)
+    unscored = priced(session, table, costs, fits)
     mapped_s = time.monotonic() - began - priced_s
-    session.progress.say(reachable(priced, session.config))
+    session.progress.say(reachable(unscored, session.config))
     step("text")
     corpora = session.corpora
     text_s = time.monotonic() - began - priced_s - mapped_s
-    decisions = decisions_of(priced.sites)
+    decisions = decisions_of(unscored.sites)
     step("calibration")
     calibrate(session, decisions)
     calibrated_s = time.monotonic() - began - priced_s - mapped_s - text_s
@@ -61,14 +61,14 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
     scores = steps.made("scores", score_key, lambda: score_choices(session, decisions))
     scored_s = time.monotonic() - began - priced_s - mapped_s - text_s - calibrated_s
     return replace(
-        priced,
-        sites=tuple(_scored(site, scores) for site in priced.sites),
+        unscored,
+        sites=tuple(_scored(site, scores) for site in unscored.sites),
         data={role: {**corpus.summary(), "generated": corpus.generated} for role, corpus in corpora.items()},
         seconds={"table": priced_s, "map": mapped_s, "text": text_s, "calibration": calibrated_s, "scores": scored_s},
     )
 
 
-def _priced(session: Session, table: LatencyTable, costs: Sequence[tuple[SiteOptions, ...]], fits: Sequence[Fit]) -> Prepared:
+def priced(session: Session, table: LatencyTable, costs: Sequence[tuple[SiteOptions, ...]], fits: Sequence[Fit]) -> Prepared:
     """The study before its texts: every price is known, no loss is."""
     fit, sites, workloads, loaded = fits[0], costs[0], session.config.workloads, session.loaded
     site_bytes = sum(site.options[0].size_bytes for site in sites)

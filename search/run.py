@@ -78,6 +78,9 @@ def run_study(
         progress.follow((*PREPARING, *SEARCHING) if stored is None else SEARCHING)
         session: Session | None = None
         if stored is None:
+            from search.foresee import refuse_early
+
+            refuse_early(config)
             session = _session(config, progress)
             prepared = prepare_study(session, steps, key)
         else:

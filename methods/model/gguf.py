@@ -63,6 +63,21 @@ def convert(path: Path, cache: Path, log: Callable[[str], None]) -> Path:
     return folder
 
 
+def gguf_configuration(path: Path) -> tuple[Any, str]:
+    """Configuration and weight dtype of a GGUF file, from its metadata; raises UnreadableGGUF as `convert` does."""
+    from transformers import AutoConfig
+
+    stored = _stored_type(path)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
+    except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError, TypeError) as error:
+        raise UnreadableGGUF(
+            f"{path}: transformers cannot read this GGUF as a causal language model ({_line(error)})"
+        ) from error
+    return config, FLOATS.get(stored, "bf16")
+
+
 def _off_grid(model: Any, stored: str) -> list[str]:
     structure = describe(model)
     grid = detect_grid(model, structure)

@@ -15,7 +15,7 @@ import torch
 
 from methods.model.describe import describe
 from methods.model.experts import unfuse_experts
-from methods.model.gguf import ORIGIN, convert
+from methods.model.gguf import ORIGIN, convert, gguf_configuration
 from methods.model.quiet import quiet
 from methods.model.structure import Structure
 from methods.model.tokenizer import read_tokenizer
@@ -82,6 +82,41 @@ def load(spec: str | None, cache: Path, *, log: Callable[[str], None] = _silent)
     if spec.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
         raise LoadError(f"{spec}: no such folder or file; give a model folder, a .gguf file, package:NAME or a hub id")
     return _from_folder(_from_hub(spec, log), spec, spec, ())
+
+
+def configuration(spec: str | None, cache: Path) -> tuple[Any, str] | None:
+    """Configuration and weight dtype of what `load` would load, from a few kB: no weight is read, fetched or converted.
+
+    None where that cannot be told so early. Raises as `load` does for what it would refuse by these alone.
+    """
+    spec = f"package:{DEFAULT_PACKAGE}" if spec in (None, "default") else str(spec)
+    path = in_package(spec.removeprefix("package:")) if spec.startswith("package:") else Path(spec).expanduser()
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return gguf_configuration(path)
+    if path.is_dir():
+        _check_config(path)
+        return _transformers_config(path), _stored_dtype(path)
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
+        return None  # `load` says what is wrong
+    from huggingface_hub import try_to_load_from_cache
+
+    kept = try_to_load_from_cache(spec, "config.json")
+    if not isinstance(kept, str):
+        return None
+    _check_config(Path(kept).parent)
+    config = _transformers_config(Path(kept).parent)
+    stored = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+    return config, stored.get(getattr(config, "dtype", None), "bf16")
+
+
+def _transformers_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoadError(f"{folder}: transformers cannot read config.json ({_line(error)}); restore the file") from error
 
 
 def in_package(name: str) -> Path:

@@ -49,7 +49,27 @@ def probe_tokens(n_vocab: int, length: int = 9) -> Tensor:
 
 @torch.no_grad()
 def trace(model: nn.Module, ids: Tensor, blocks: Collection[str]) -> Trace:
-    """Runs the model on ids (1, t) once; the model comes back as it was."""
+    """Runs the model on ids (1, t) once; the model comes back as it was.
+
+    A model without memory (on the device `meta`) is asked in a few ways until its forward pass looks at no values; raises what the first
+    one raised where it always does.
+    """
+    ids = ids.to(next(model.parameters()).device)
+    if not ids.is_meta:
+        return _traced(model, ids, blocks, {})
+    t = ids.shape[1]
+    whole = {"attention_mask": torch.ones(1, 1, t, t, dtype=torch.bool, device="meta")}
+    problem: Exception | None = None
+    for given in (whole, {**whole, "position_ids": torch.arange(t, device="meta")[None]}, {}):
+        try:
+            return _traced(model, ids, blocks, given)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def _traced(model: nn.Module, ids: Tensor, blocks: Collection[str], given: Mapping[str, Tensor]) -> Trace:
     record = _Record()
     handles: list[RemovableHandle] = []
     try:
@@ -58,7 +78,7 @@ def trace(model: nn.Module, ids: Tensor, blocks: Collection[str]) -> Trace:
                 handles.append(module.register_forward_pre_hook(_reader(record, name, name in blocks), with_kwargs=True))
             if is_norm_like(module):
                 handles.append(module.register_forward_hook(_writer(record, name)))
-        logits = logits_of(model, ids)
+        logits = logits_of(model, ids, **given)
     finally:
         for handle in handles:
             handle.remove()
@@ -66,9 +86,9 @@ def trace(model: nn.Module, ids: Tensor, blocks: Collection[str]) -> Trace:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits (b, t, n_vocab) fp32 of token ids (b, t), without a cache."""
-    result: Tensor = model(input_ids=ids, use_cache=False).logits
+def logits_of(model: nn.Module, ids: Tensor, **given: Tensor) -> Tensor:
+    """Logits (b, t, n_vocab) fp32 of token ids (b, t), without a cache; given: what else the forward pass is to take."""
+    result: Tensor = model(input_ids=ids, use_cache=False, **given).logits
     return result.float()
 
 
@@ -110,6 +130,8 @@ def _scaled(model: nn.Module, norms: Mapping[str, Collection[str]]) -> Iterator[
 
 def _address(record: _Record, tensor: Tensor) -> Address:
     record.alive.append(tensor)
+    if tensor.is_meta:  # no memory, but a storage of its own
+        return hash((tensor.untyped_storage()._cdata, tensor.storage_offset())), tensor.numel()
     return tensor.data_ptr(), tensor.numel()
 
 
