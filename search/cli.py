@@ -185,19 +185,20 @@ def _plain(value: Any) -> Any:
 
 def _print_answer(folder: Path, answer: Answer, as_json: bool) -> None:
     from search.report.content import answer as words
-    from search.results import json_rows, saved_report, text_table
+    from search.report.terminal import measured_text, wrapped
+    from search.results import json_rows, saved_report
 
     data = saved_report(folder, answer.objective)
     entries = data.measured
     if as_json:
         print(json.dumps(_plain({"answer": answer.to_json(), "measured": json_rows(entries), "folder": str(folder)}), indent=1))
         return
-    print(text_table(entries))
+    print(measured_text(data))
     print()
     for sentence in words(data):
-        print(sentence)
+        print(wrapped(sentence))
     for note in data.notes:
-        print(f"note: {note}")
+        print(wrapped(f"note: {note}", "  "))
     print(f"report: {folder / 'report.html'}")
 
 

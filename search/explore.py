@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from methods.policy import Policy
+from methods.policy import DENSE, Policy
 from predictors.features import ChoiceFacts, Features, SiteFacts
 from predictors.loss import Record, fit_loss
 from search.budget import Budget
@@ -171,7 +171,13 @@ def short_name(name: str, prepared: Prepared) -> str:
     for fmt, found in labels.items():
         if len(found) == 1:
             name = re.sub(rf"{re.escape(next(iter(found)))}(?![\w-])", fmt, name)
-    return name
+    return re.sub(rf"(?<![\w-]){re.escape(DENSE.label)}(?![\w-])", prepared.sites[0].options[0].format, name)
+
+
+def mix_name(policy: Policy, prepared: Prepared) -> str:
+    """What a searched policy is called: its two commonest formats by sites, and a part of its key: `74 w4a8-g64 + 46 w8a8-token #3fa2`."""
+    mix = [f"{count} {fmt}" for fmt, count in prepared.mix(policy).items()]
+    return f"{' + '.join([*mix[:2], *(['…'] if len(mix) > 2 else [])])} #{policy.key()[:4]}"
 
 
 def explore(
@@ -192,7 +198,10 @@ def explore(
     """
     search, features = _Search(prepared, truth, budget_ms, progress), features_of(prepared)
     presets = sorted(simple_policies(prepared, budget_ms), key=lambda preset: _promise(preset, prepared, budget_ms))
-    must = [("solver", solution.policy, False), *((preset.name, preset.policy, True) for preset in presets)]
+    must = [
+        (mix_name(solution.policy, prepared), solution.policy, False),
+        *((preset.name, preset.policy, True) for preset in presets),
+    ]
     total = len(must) + config.evaluations
     strategy = Refine(
         prepared.problem,
@@ -218,7 +227,7 @@ def explore(
                 if truth.budget.spent():
                     break
                 proposed += 1
-                strategy.tell([search.evaluate(f"refined {policy.key()[:6]}", policy, False)])
+                strategy.tell([search.evaluate(mix_name(policy, prepared), policy, False)])
                 done = len(must) + proposed
                 update(done, total, done - (truth.n_new - before_now))
     return search.promoted(config.finalists)
@@ -244,7 +253,7 @@ class _Search:
         if self._fits(policy) and quality.kl < self._best:
             self._best = quality.kl
             ms = self._prepared.map.predict(self._prepared.sum_ms(policy)).mean
-            self._progress.best = f"best so far: {name}, KL {quality.kl:.3g}, {ms:.4g} ms predicted"
+            self._progress.best = f"best so far: {name}, KL {quality.kl:.3g}, {ms:.4g} ms modelled"
         stderr = 0.0 if np.isnan(quality.kl_stderr) else quality.kl_stderr
         return Evaluated(policy, quality.kl, stderr, quality.n_tokens, self._prepared.sum_ms(policy))
 

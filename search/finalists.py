@@ -65,7 +65,7 @@ class Finalist:
     round; contended, slowed: what `profilers.end_to_end.Measurement` says, in any workload; met: everything that was asked for, the
     main objective first; meets: all of it; kl…: on the validation text, per sequence in kl_each; recompressed: its weights were made
     in order on the compressed prefix, plain_kl is that of the others; report_…: on the report text, perplexity nan where the model
-    wrote that text itself.
+    wrote that text itself, report_top1 the share of positions with the dense model's likeliest token.
     """
 
     name: str
@@ -94,6 +94,7 @@ class Finalist:
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     label: Label = "measured"
     met: tuple[Met, ...] = ()
+    report_top1: float = math.nan
 
     @property
     def over(self) -> float:
@@ -302,7 +303,8 @@ class Judge:
                 return asdict(self._on(role).evaluate_edits(edits(), update))
 
         found = session.steps.made(f"{role}-{key}", key, compute)
-        return Quality(tuple(found["kl_each"]), tuple(found["nll_each"]), found["n_tokens"])
+        same = tuple(found.get("same_each", ()))  # studies of earlier versions did not look
+        return Quality(tuple(found["kl_each"]), tuple(found["nll_each"]), found["n_tokens"], same)
 
     def validate(self, finalist: Finalist) -> Finalist:
         """With the KL of the bank's weights on the validation text."""
@@ -331,13 +333,14 @@ class Judge:
         """With KL and perplexity on the report text."""
         generated = self._session.corpora["report"].generated
         if generated and not finalist.policy.sites:
-            return replace(finalist, report_kl=0.0, report_kl_stderr=0.0)
+            return replace(finalist, report_kl=0.0, report_kl_stderr=0.0, report_top1=1.0)
         title, policy = f"report text: {finalist.name}", finalist.policy
         quality = self._quality("report", title, policy, finalist.recompressed, lambda: self.edits(finalist))
         return replace(
             finalist,
             report_kl=max(quality.kl, 0.0),
             report_kl_stderr=quality.kl_stderr,
+            report_top1=quality.top1,
             perplexity=math.nan if generated else quality.perplexity,
         )
 

@@ -26,7 +26,7 @@ from search.report.honesty import Pair
 from search.report.limits import BUYS, limits, shares, slopes
 from search.report.page import write_page
 from search.report.picture import write_picture
-from search.report.table import candidate_table
+from search.report.table import TOP1, candidate_table
 from search.strategies.problem import Infeasible
 from search.strategies.solve import solve
 
@@ -196,11 +196,23 @@ def measured_entries(folder: Path, answer: Answer, workloads: Sequence[Workload]
                 group = "chosen"
             else:
                 group = "baseline" if finalist.simple else "search"
-            entries[finalist.policy.key()] = Entry(candidate(finalist), group, rescaled=source is not answer)
+            met = _met_of(finalist, answer, rescaled=source is not answer)
+            entries[finalist.policy.key()] = Entry(candidate(finalist), group, source is not answer, met)
     result = list(entries.values())
     if answer.best is not None and not answer.best.policy.sites:
         result.append(Entry(replace(candidate(answer.best), name="dense, the answer"), "chosen"))
     return result
+
+
+def _met_of(finalist: Finalist, answer: Answer, rescaled: bool) -> tuple[tuple[str, bool | None], ...]:
+    """Whether a policy meets what the answer was asked for; of another run's only the main latency is known."""
+    asked = [met.name for met in answer.finalists[0].met] or [answer.objective]
+    texts = [name.partition(" (")[0] for name in asked]  # the workload only where the same is asked of several
+    names = [name if texts.count(text) > 1 else text for name, text in zip(asked, texts, strict=True)]
+    known: list[bool | None] = [met.met for met in finalist.met] or [finalist.meets]
+    if rescaled:
+        known = [finalist.hi_ms <= answer.limit_ms, *([None] * (len(names) - 1))]
+    return tuple(zip(names, known, strict=True))
 
 
 def _rescaled(finalist: Finalist, dense_ms: float) -> Finalist:
@@ -211,6 +223,7 @@ def _rescaled(finalist: Finalist, dense_ms: float) -> Finalist:
 def candidate(finalist: Finalist) -> Candidate:
     """A finalist as a candidate, its quality on the report text: measured, or a proxy where its latency is of a target that is not here."""
     scores = {} if math.isnan(finalist.perplexity) else {"perplexity": finalist.perplexity}
+    scores |= {} if math.isnan(finalist.report_top1) else {TOP1: finalist.report_top1}
     scores |= {f"{task} {metric}": value for task, found in finalist.tasks.items() for metric, value in found.items()}
     return Candidate(
         policy=finalist.policy,
@@ -375,11 +388,6 @@ def guard(answer: Answer) -> Guard | None:
 
 def _amount(name: str, value: float) -> str:
     return f"{value:.0f} s" if name.endswith("time") else f"{value:g}"
-
-
-def text_table(entries: Sequence[Entry]) -> str:
-    """The measured table for the terminal, the fastest first."""
-    return candidate_table(sorted(entries, key=_by_latency)).text()
 
 
 def json_rows(entries: Sequence[Entry]) -> list[dict[str, object]]:

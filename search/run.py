@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from search.study import Store
 
 PREPARING = ("latency table", "whole-model map", "text", "calibration", "sensitivities")
-SEARCHING = ("search", "measuring the finalists", "judging them on other text", "report, checkpoint and export")
+SEARCHING = ("search", "finalists", "judgement", "export")
 """What a run does, in the words of its progress."""
 
 ATTEMPTS = 3
@@ -180,7 +180,7 @@ def resolve(prepared: Prepared, objective: Objective, config: RunConfig, tighten
 
 def _unreachable(prepared: Prepared, objective: Objective, limit: tuple[str, Any, float]) -> str:
     fastest = prepared.map.predict(prepared.problem.fastest_ms)
-    known = "predicted from measured runs" if prepared.label == "measured" else prepared.label
+    known = "modelled from measured runs" if prepared.label == "measured" else prepared.label
     outside = prepared.map.predict(0.0).mean if prepared.map.b0 > 0 else 0.0
     return (
         f"--{objective.kind} {objective.text} ({median_limit(prepared, objective):.3g} ms) cannot be met on {prepared.target['name']}: "
@@ -192,12 +192,12 @@ def _unreachable(prepared: Prepared, objective: Objective, limit: tuple[str, Any
 
 
 def describe_solution(prepared: Prepared, found: Resolved, config: RunConfig) -> str:
-    """The solver's answer in a line, all of it predicted."""
+    """The solver's answer in a line: latency is modelled, loss predicted."""
     ms = prepared.map.predict(found.solution.latency_ms)
     mix = ", ".join(f"{count} {name}" for name, count in prepared.mix(found.solution.policy).items())
     return (
-        f"solved for {found.limit_ms:.4g} ms: predicted {ms.mean:.4g} ms [{ms.lo:.4g}, {ms.hi:.4g}], KL {found.solution.loss:.3g} nats "
-        f"({mix}); 1 ms more buys {found.solution.shadow_price:.2g} nats"
+        f"solved for {found.limit_ms:.4g} ms: modelled {ms.mean:.4g} ms [{ms.lo:.4g}, {ms.hi:.4g}], predicted KL "
+        f"{found.solution.loss:.3g} nats ({mix}); 1 ms more buys {found.solution.shadow_price:.2g} nats"
     )
 
 
@@ -224,7 +224,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
         ranked = explore(
             prepared, truth, store, found.solution, found.budget_ms, config, session.progress, _begun(session, store, found)
         )
-        session.progress.step("measuring the finalists")
+        session.progress.step("finalists")
         finalists = _measure(session, prepared, table, ranked, truth)
         searched = [item for item in finalists if not item.simple]
         if any(item.meets for item in searched) or attempt == ATTEMPTS - 1 or not session.target.present:
@@ -233,7 +233,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
         if again is None:
             break
         prepared, found = again
-    session.progress.step("judging them on other text")
+    session.progress.step("judgement")
     judge = Judge(session, prepared)
     finalists = [judge.validate(item) if item.meets else item for item in finalists]
     chosen, simple, difference = choose(finalists, config.max_kl)
@@ -277,7 +277,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
         notes=(*notes_of(session, prepared, finalists, chosen, simple, config), *search_notes(truth)),
     )
     texts = {policy_name(item, answer): policy_text(session, prepared, item, answer) for item in finalists if item.policy.sites}
-    session.progress.step("report, checkpoint and export")
+    session.progress.step("export")
     with session.progress.busy("writing the report"):
         save(folder, answer, prepared, config, texts)
     if answer.best is not None and answer.best.policy.sites:
@@ -304,14 +304,14 @@ def anchor(session: Session, prepared: Prepared, table: Any, found: Resolved, ob
     Near one policy the map's error is nearly constant, so that one whole-model run takes most of it away, and its interval with it.
     """
     from search.evaluate import Quality
-    from search.explore import Ranked
+    from search.explore import Ranked, mix_name
     from search.finalists import measure
 
     policy = found.solution.policy
     if not policy.sites or policy.canonical() == Policy().canonical():
         return found
     unknown = Quality((0.0,), (0.0,), 0)
-    _, run = measure(session, prepared, table, [Ranked("solver", policy, unknown, False)])
+    _, run = measure(session, prepared, table, [Ranked(mix_name(policy, prepared), policy, unknown, False)])
     measured, upper = (run.ratio, run.ratio_hi) if objective.relative else (run.latency_ms, run.hi_ms)
     scale = prepared.dense_ms[0] if objective.relative else 1.0
     bias = measured * scale / run.predicted_ms
@@ -324,7 +324,7 @@ def anchor(session: Session, prepared: Prepared, table: Any, found: Resolved, ob
     except Infeasible:
         return found  # what else is asked for leaves no room for the correction; the finalists' measurement decides
     session.progress.say(
-        f"its solution measured: {measured * scale:.4g} ms where {run.predicted_ms:.4g} were predicted; solved again: "
+        f"its solution measured: {measured * scale:.4g} ms where {run.predicted_ms:.4g} were modelled; solved again: "
         f"KL {result.solution.loss:.3g} nats predicted"
     )
     return result

@@ -22,7 +22,7 @@ from methods.model.structure import Site, Structure
 from methods.policy_file import PolicyFile
 from search.export import folder as output
 from search.export.serving import transformers_entry, vllm_entries
-from search.export.verification import Verification, compare, read_config
+from search.export.verification import EXACT, ROUNDED, Verification, compare, read_config
 
 if TYPE_CHECKING:
     from methods.model.load import LoadedModel
@@ -162,10 +162,10 @@ def _serve(structure: Structure, formats: Mapping[str, Format]) -> dict[str, Any
 
 
 def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
-    """Loads the folder with transformers and compressed-tensors, and compares every weight and the loss with the reference's.
+    """Loads the folder with transformers and compressed-tensors, and compares every weight and prediction with the reference's.
 
-    reference: the fp32 model with the edits installed; ids: (b, t) token ids. Weights have to be equal bit for bit; the loss within
-    1e-3 nats per token, or 0.03 with 8-bit activations, which each engine rounds in its own way. Nothing runs faster here: transformers
+    reference: the fp32 model with the edits installed; ids: (b, t) token ids. Weights have to be equal bit for bit, the predictions
+    `EXACT`, or `ROUNDED` with 8-bit activations, which each engine rounds in its own way. Nothing runs faster here: transformers
     decompresses at the first forward pass.
     """
     if importlib.util.find_spec("compressed_tensors") is None:
@@ -173,5 +173,5 @@ def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
             "verifying a compressed-tensors export needs the package compressed-tensors; pip install 'isolatency[export]'"
         )
     formats = from_config(read_config(folder).get("quantization_config", {}))
-    tolerance = 0.03 if any(fmt.act_bits == 8 for fmt in formats.values()) else 1e-3
+    tolerance = ROUNDED if any(fmt.act_bits == 8 for fmt in formats.values()) else EXACT
     return compare(folder, reference, ids, list(formats), tolerance)

@@ -22,11 +22,13 @@ class Entry:
     """A candidate and what it stands for in the report: the dense model, the answer, a simple policy, or another of the search.
 
     rescaled: it was timed in another run of the study; its latency is its ratio to the dense model there times the dense latency here.
+    met: by everything that was asked for, whether it meets it, None where nobody measured that.
     """
 
     candidate: Candidate
     group: Group
     rescaled: bool = False
+    met: tuple[tuple[str, bool | None], ...] = ()
 
 
 @dataclass(frozen=True)
