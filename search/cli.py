@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = command("run", _run, "search, validate and export a policy for a latency objective")
     add_flags(run)
-    run.add_argument("--dry-run", action="store_true", help="show the space and the expected cost, measure and compute nothing")
+    run.add_argument("--dry-run", action="store_true", help="show the space, time, memory and feasibility; compute, convert and measure nothing")
     run.add_argument("--quiet", action="store_true", help="no progress on stderr")
     show = command("show", _show, "the measured policies of a study")
     show.add_argument("study", help="the study's folder")

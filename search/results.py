@@ -21,12 +21,12 @@ from search.limits import reached_ms, under
 from search.objectives import Objective, Objectives, file_name
 from search.prepared import Prepared, WorkloadCost, by_format
 from search.report import content
-from search.report.content import DataUse, Entry, Guard, LatencyFit, ReportData, Verdict
+from search.report.content import TOP1, DataUse, Entry, Guard, LatencyFit, ReportData, Verdict
 from search.report.honesty import Pair
 from search.report.limits import BUYS, limits, shares, slopes
 from search.report.page import write_page
 from search.report.picture import write_picture
-from search.report.table import TOP1, candidate_table
+from search.report.table import candidate_table
 from search.strategies.problem import Infeasible
 from search.strategies.solve import solve
 

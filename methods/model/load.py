@@ -105,8 +105,8 @@ def configuration(spec: str | None, cache: Path) -> tuple[Any, str] | None:
         return None
     _check_config(Path(kept).parent)
     config = _transformers_config(Path(kept).parent)
-    stored = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-    return config, stored.get(getattr(config, "dtype", None), "bf16")
+    stored = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
+    return config, stored.get(str(getattr(config, "dtype", None)), "bf16")
 
 
 def _transformers_config(folder: Path) -> Any:

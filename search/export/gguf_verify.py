@@ -138,7 +138,8 @@ def _with_llama_cpp(
         problems.append(f"llama.cpp reads other tokens in {wrong[0]!r} and {len(wrong) - 1} more texts")
     if not (abs(found - expected) <= LLAMA.nll and kl <= LLAMA.kl):
         problems.append(
-            f"llama.cpp has a loss of {found:.4f} instead of {expected:.4f} and KL {kl:.2g} nats per token, more than {LLAMA.nll} apart"
+            f"llama.cpp has a loss of {found:.4f} instead of {expected:.4f} and KL {kl:.2g} nats per token, more than {LLAMA.nll} "
+            f"and {LLAMA.kl} apart"
         )
     said = (
         f"{check.message}, tokens too; transformers has a loss of {check.nll_loaded:.4f} on the text, llama.cpp of {found:.4f} on its "

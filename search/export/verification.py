@@ -95,8 +95,8 @@ def agreement(expected: Tensor, found: Tensor) -> tuple[float, float]:
     """Mean KL divergence of predictions from the expected ones, both (b, t, n_vocab), and the share of equal likeliest tokens."""
     kl, same, n = 0.0, 0, expected.shape[0] * expected.shape[1]
     with torch.inference_mode():
-        pairs = zip(expected.flatten(0, 1).split(_ROWS), found.flatten(0, 1).split(_ROWS), strict=True)
-        for p, q in pairs:
+        for start in range(0, n, _ROWS):
+            p, q = (logits.flatten(0, 1)[start : start + _ROWS] for logits in (expected, found))
             log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
             kl += float((log_p.exp() * (log_p - log_q)).sum())
             same += int((p.argmax(-1) == q.argmax(-1)).sum())

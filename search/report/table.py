@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 from predictors.intervals import Interval
 from search.frontier import Candidate, Fidelity, check_one_kind
-from search.report.content import Entry
-
-TOP1 = "top-1 agreement"
-"""The score of a candidate that says how often its likeliest token is the dense model's."""
+from search.report.content import TOP1, Entry
 
 Cell = str | int | float | bool | Interval | None
 

@@ -7,8 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 from search.frontier import Candidate
-from search.report.content import Entry, ReportData
-from search.report.table import TOP1
+from search.report.content import TOP1, Entry, ReportData
 
 WIDTH = 100
 _LEAST = 12

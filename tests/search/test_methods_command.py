@@ -34,6 +34,8 @@ def test_every_method_is_listed_within_the_width() -> None:
     assert max(map(len, lines)) <= 100
     heads = [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "]
     assert sorted(heads) == sorted([*METHODS, *MODEL_METHODS])
+    words = " ".join(listing().split())
+    assert all(" ".join(row["summary"].split()) in words for row in rows())
 
 
 def test_the_listing_needs_no_torch() -> None:

@@ -40,12 +40,12 @@ def test_a_file_gets_a_line_now_and_then(clock: Clock) -> None:
     with progress.bar("evaluations") as update:
         for done in range(1, 61):
             clock.now += 1
-            progress.best = "best so far: solver, KL 0.01, 20 ms predicted" if done > 20 else ""
+            progress.best = "best so far: solver, KL 0.01, 20 ms modelled" if done > 20 else ""
             update(done, 60)
     lines = out.getvalue().splitlines()
     assert lines[:2] == [
         "  evaluations: 15/60, 0:45 left",
-        "  evaluations: 30/60, 0:30 left; best so far: solver, KL 0.01, 20 ms predicted",
+        "  evaluations: 30/60, 0:30 left; best so far: solver, KL 0.01, 20 ms modelled",
     ]
     assert lines[-1] == "[1:00] evaluations: 1:00" and len(lines) == 5
     assert "\r" not in out.getvalue() and "\x1b" not in out.getvalue()
