@@ -16,15 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from search import machines
 from search.config import ConfigError, add_flags, default_cache, from_arguments
-from search.endings import Parser, Terminated, one_line, stopped_by_term
+from search.endings import Parser, Terminated, interrupted, one_line, stopped_by_term
 from search.memory import out_of_memory
 
 if TYPE_CHECKING:
     from search.results import Answer
-
-
-GOING_ON = ("run", "profile", "materialize")
-"""The commands that keep what they finished, and go on from there when they are given again."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,8 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stopped_by_term():
             return int(parsed.command(parsed))
     except KeyboardInterrupt as stop:
-        goes_on = "; everything finished so far is kept, the same command goes on from there" if parsed.goes_on else ""
-        sys.stderr.write(f"interrupted{goes_on}\n")
+        sys.stderr.write(interrupted(parsed.name_of_command))
         return 143 if isinstance(stop, Terminated) else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -75,12 +70,16 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, parents=[common])
-        sub.set_defaults(command=run, goes_on=name in GOING_ON)
+        sub.set_defaults(command=run, name_of_command=name)
         return sub
 
     run = command("run", _run, "search, validate and export a policy for a latency objective")
     add_flags(run)
-    run.add_argument("--dry-run", action="store_true", help="show the space, time, memory and feasibility; compute, convert and measure nothing")
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the space, time, memory and feasibility; compute, convert and measure nothing",
+    )
     run.add_argument("--quiet", action="store_true", help="no progress on stderr")
     show = command("show", _show, "the measured policies of a study")
     show.add_argument("study", help="the study's folder")
@@ -154,8 +153,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         answer = run_study(config, progress)
     except KeyboardInterrupt:
-        if progress.best:
-            progress.say(f"{progress.best}; nothing was validated yet")
+        progress.say(progress.best and f"{progress.best}; nothing was validated yet")
         raise
     _print_answer(config.folder, answer, arguments.json)
     return 0 if answer.verdict in ("met", "unvalidated") else 1
@@ -189,17 +187,12 @@ def _print_answer(folder: Path, answer: Answer, as_json: bool) -> None:
     from search.results import json_rows, saved_report
 
     data = saved_report(folder, answer.objective)
-    entries = data.measured
     if as_json:
-        print(json.dumps(_plain({"answer": answer.to_json(), "measured": json_rows(entries), "folder": str(folder)}), indent=1))
+        told = {"answer": answer.to_json(), "measured": json_rows(data.measured), "folder": str(folder)}
+        print(json.dumps(_plain(told), indent=1))
         return
-    print(measured_text(data))
-    print()
-    for sentence in words(data):
-        print(wrapped(sentence))
-    for note in data.notes:
-        print(wrapped(f"note: {note}", "  "))
-    print(f"report: {folder / 'report.html'}")
+    said = [*words(data), *(f"note: {note}" for note in data.notes)]
+    print(f"{measured_text(data)}\n\n{wrapped(said)}\nreport: {folder / 'report.html'}")
 
 
 def _show(arguments: argparse.Namespace) -> int:

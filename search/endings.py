@@ -42,6 +42,16 @@ def stopped_by_term() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+GOING_ON = ("run", "profile", "materialize")
+"""The commands that keep what they finished, and go on from there when they are given again."""
+
+
+def interrupted(command: str) -> str:
+    """What is said of a command that a signal ended."""
+    kept = "; everything finished so far is kept, the same command goes on from there" if command in GOING_ON else ""
+    return f"interrupted{kept}\n"
+
+
 def one_line(error: BaseException) -> str:
     """What an error says at the command line, with the way out where it does not say so itself."""
     if out_of_memory(error):

@@ -113,6 +113,23 @@ class Finalist:
         return cls(**{**data, "policy": policy, "kl_each": tuple(data["kl_each"]), "met": met})
 
 
+def told_of(
+    finalist: Finalist, asked: Sequence[Met], objective: str, main_limit_ms: float | None
+) -> tuple[tuple[str, bool | None], ...]:
+    """By what was asked for, whether a policy meets it.
+
+    asked: of a policy that was measured for it; objective: its text where that says nothing, as in earlier versions; main_limit_ms: where
+    the policy was measured for something else, so that of the times only the main one is known of it.
+    """
+    names = [met.name for met in asked] or [objective]
+    texts = [name.partition(" (")[0] for name in names]  # the workload only where the same is asked of several
+    shown = [name if texts.count(text) > 1 else text for name, text in zip(names, texts, strict=True)]
+    known: list[bool | None] = [met.met for met in finalist.met] or [finalist.meets]
+    if main_limit_ms is not None:
+        known = [finalist.hi_ms <= main_limit_ms, *([None] * (len(names) - 1))]
+    return tuple(zip(shown, known, strict=True))
+
+
 DENSE_NAME = "dense"
 
 Edits = Mapping[str, Edit]

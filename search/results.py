@@ -15,7 +15,7 @@ from predictors.latency import LatencyModel
 from predictors.loss import PredictorReport
 from profilers.workload import Workload
 from search.config import ConfigError, RunConfig
-from search.finalists import DENSE_NAME, Finalist, Met
+from search.finalists import DENSE_NAME, Finalist, Met, told_of
 from search.frontier import Candidate, Fidelity, frontier, write_csv
 from search.limits import reached_ms, under
 from search.objectives import Objective, Objectives, file_name
@@ -196,23 +196,13 @@ def measured_entries(folder: Path, answer: Answer, workloads: Sequence[Workload]
                 group = "chosen"
             else:
                 group = "baseline" if finalist.simple else "search"
-            met = _met_of(finalist, answer, rescaled=source is not answer)
-            entries[finalist.policy.key()] = Entry(candidate(finalist), group, source is not answer, met)
+            elsewhere = source is not answer
+            met = told_of(finalist, answer.finalists[0].met, answer.objective, answer.limit_ms if elsewhere else None)
+            entries[finalist.policy.key()] = Entry(candidate(finalist), group, elsewhere, met)
     result = list(entries.values())
     if answer.best is not None and not answer.best.policy.sites:
         result.append(Entry(replace(candidate(answer.best), name="dense, the answer"), "chosen"))
     return result
-
-
-def _met_of(finalist: Finalist, answer: Answer, rescaled: bool) -> tuple[tuple[str, bool | None], ...]:
-    """Whether a policy meets what the answer was asked for; of another run's only the main latency is known."""
-    asked = [met.name for met in answer.finalists[0].met] or [answer.objective]
-    texts = [name.partition(" (")[0] for name in asked]  # the workload only where the same is asked of several
-    names = [name if texts.count(text) > 1 else text for name, text in zip(asked, texts, strict=True)]
-    known: list[bool | None] = [met.met for met in finalist.met] or [finalist.meets]
-    if rescaled:
-        known = [finalist.hi_ms <= answer.limit_ms, *([None] * (len(names) - 1))]
-    return tuple(zip(names, known, strict=True))
 
 
 def _rescaled(finalist: Finalist, dense_ms: float) -> Finalist:

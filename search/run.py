@@ -14,7 +14,7 @@ from methods.policy import Policy
 from search.budget import Budget
 from search.config import ConfigError, RunConfig, device_folders
 from search.deliver import deliver, policy_text
-from search.environment import environment
+from search.environment import busy, environment
 from search.files import Steps, content_key
 from search.folder import check_same, has_store, open_store, open_study, save_config, study_key
 from search.limits import binding, kernel_budget, median_limit, tightened, under
@@ -130,18 +130,8 @@ def _session(config: RunConfig, progress: Progress) -> Session:
         find_tasks(config.tasks)
         if session.loaded.tokenizer is None:
             raise ConfigError(f"--tasks: {session.loaded.source} has no tokenizer; leave --tasks out or add tokenizer.json")
-    _warn_busy(session)
+    progress.say(busy(session.target, config.cache_folder))
     return session
-
-
-def _warn_busy(session: Session) -> None:
-    """Says, before anything is timed, that the machine is not quiet, and why that is worth knowing."""
-    from profilers.doctor import disturbances
-
-    found = disturbances(session.target, session.config.cache_folder)
-    if found:
-        why = "; ".join(f"{finding.name}: {finding.detail}" for finding in found)
-        session.progress.say(f"warning: this machine is busy, so that timings take longer and may not count as met: {why}")
 
 
 def prepare_study(session: Session, steps: Steps, key: str) -> Prepared:

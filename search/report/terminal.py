@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from search.frontier import Candidate
 from search.report.content import TOP1, Entry, ReportData
@@ -89,6 +90,7 @@ def _legend(data: ReportData, entries: Sequence[Entry]) -> list[str]:
     return [*lines, *(["; ".join(marks)] if marks else [])]
 
 
-def wrapped(text: str, indent: str = "") -> str:
-    """A sentence in lines of at most `WIDTH` columns; indent: of all lines but the first."""
-    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+def wrapped(sentences: Sequence[str]) -> str:
+    """Sentences in lines of at most `WIDTH` columns, all but the first line of each a little to the right."""
+    options: dict[str, Any] = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(sentence, WIDTH, **options) for sentence in sentences)

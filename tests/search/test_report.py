@@ -304,4 +304,4 @@ def test_the_terminal_shows_a_study_in_100_columns() -> None:
     assert re.search(r"the mix\s+5\.50 ±2%\s+0\.55x\s+0\.123 ±8%\s+97\.5%\s+\+12\.5%", table["3*"])
     assert "half its 95 % interval" in lines[-2] and "standard error" in lines[-2]
     assert lines[-1] == "* the answer; ° of another run of this study, by its ratio to dense"
-    assert all(len(line) <= WIDTH for line in wrapped("word " * 60, "  ").splitlines())
+    assert all(len(line) <= WIDTH for line in wrapped(["word " * 60, "one"]).splitlines())
