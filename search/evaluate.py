@@ -63,6 +63,10 @@ def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     return sum(differences) / len(differences), stderr(differences)
 
 
+class NotFinite(ArithmeticError):
+    """A policy under which the model computes no number; says in which layer that begins."""
+
+
 class Switch:
     """The one owner of what is installed in a model: a policy from the bank, loose edits, or nothing."""
 
@@ -108,7 +112,10 @@ class Evaluator:
     def evaluate(
         self, policy: Policy, n_sequences: int | None = None, progress: Callable[[int, int], None] | None = None
     ) -> Quality:
-        """Quality on the first `n_sequences` (default: all); sequences done before are not run again."""
+        """Quality on the first `n_sequences` (default: all); sequences done before are not run again.
+
+        Raises NotFinite where the model computes NaN or infinity.
+        """
         n = min(n_sequences or len(self.tokens), len(self.tokens))
         self._need_dense(n)
         done = self._done.setdefault(policy.key(), [])
@@ -133,7 +140,10 @@ class Evaluator:
     def evaluate_edits(
         self, edits: Mapping[str, Edit], progress: Callable[[int, int], None] | None = None, n_sequences: int | None = None
     ) -> Quality:
-        """Quality of a model given by its edits rather than by a policy in the bank (finalists, loaded checkpoints)."""
+        """Quality of a model given by its edits rather than by a policy in the bank (finalists, loaded checkpoints).
+
+        Raises NotFinite where the model computes NaN or infinity.
+        """
         n = min(n_sequences or len(self.tokens), len(self.tokens))
         self._need_dense(n)
         self._switch.edits(edits)
@@ -170,7 +180,11 @@ class Evaluator:
     def _sequence(self, index: int) -> tuple[float, float]:
         with torch.inference_mode():
             hidden = final_hidden(self._model, self.tokens[index : index + 1])[0]
-            return self._compare(index, lambda part: project(self._model, self._structure, hidden[part]))
+            found = self._compare(index, lambda part: project(self._model, self._structure, hidden[part]))
+        if not all(map(math.isfinite, found)):
+            where = first_not_finite(self._model, self._structure, self.tokens[index : index + 1])
+            raise NotFinite(f"the model computes NaN or infinity from {where} on")
+        return found
 
     def _compare(self, index: int, logits_of: Callable[[slice], Tensor]) -> tuple[float, float]:
         """(KL from dense, negative log-likelihood), means over the sequence's positions and targets."""
@@ -187,6 +201,27 @@ class Evaluator:
                 weighted = p.sub_(norm_p[:, None]).exp_().mul_(difference).sum(-1)
                 kl += float((weighted - norm_p + norm_q).double().sum())
         return kl / len(ids), nll / (len(ids) - 1)
+
+
+def first_not_finite(model: nn.Module, structure: Structure, tokens: Tensor) -> str:
+    """The first linear, in the order of computation, whose output for tokens (b, t) holds NaN or infinity; else `the output head`."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if not found and not bool(output.isfinite().all()):
+                found.append(name)
+
+        return hook
+
+    handles = [model.get_submodule(layer.name).register_forward_hook(look(layer.name)) for _, layer in structure.layers()]
+    try:
+        with torch.inference_mode():
+            final_hidden(model, tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the output head"
 
 
 def _parts(n: int) -> Iterator[slice]:

@@ -14,10 +14,10 @@ from methods.policy import Policy
 from profilers import end_to_end
 from profilers.kernels.catalogue import kernels
 from profilers.label import Label
-from profilers.runtime import Runtime
+from profilers.runtime import Runtime, dense_candidates
 from profilers.table import LatencyTable
 from profilers.workload import Workload
-from search.evaluate import Evaluator, Quality, paired
+from search.evaluate import Evaluator, NotFinite, Quality, paired
 from search.explore import Ranked
 from search.files import content_key
 from search.folder import study_key
@@ -181,8 +181,7 @@ def _runs(
     engine = session.engine(table, workload)
     models: dict[str, Any] = {}
     for item in ranked:
-        eager = not item.policy.sites and prepared.dense_name.startswith("eager")
-        models[item.policy.key()] = session.model if eager else materialize(engine, item.policy)
+        models[item.policy.key()] = materialize(engine, item.policy) if item.policy.sites else _dense(session, prepared, engine)
     with session.progress.bar(f"end-to-end latency, {workload.phase}") as update:
         found = end_to_end.measure(
             models,
@@ -195,6 +194,12 @@ def _runs(
         )
     session.progress.say(end_to_end.disturbance(found.values()))
     return found
+
+
+def _dense(session: Session, prepared: Prepared, engine: Runtime) -> nn.Module:
+    """The uncompressed model that objectives are relative to."""
+    candidates = dense_candidates(session.model, session.loaded.structure, session.target, engine.choose.table, engine.workload)
+    return candidates.get(prepared.dense_name) or engine.materialize({})
 
 
 def _finalist(
@@ -299,7 +304,14 @@ class Judge:
 
         def compute() -> dict[str, Any]:
             with session.progress.bar(title) as update, all_threads():
-                return asdict(self._on(role).evaluate_edits(edits(), update))
+                evaluator = self._on(role)
+                try:
+                    return asdict(evaluator.evaluate_edits(edits(), update))
+                except NotFinite as error:
+                    evaluator.dense()
+                    session.progress.say(f"{title}: {error}")
+                    n = len(evaluator.tokens)
+                    return asdict(Quality((math.inf,) * n, (math.inf,) * n, evaluator.tokens.numel()))
 
         found = session.steps.made(f"{role}-{key}", key, compute)
         return Quality(tuple(found["kl_each"]), tuple(found["nll_each"]), found["n_tokens"])

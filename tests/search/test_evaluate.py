@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from methods import catalogue
 from methods.apply import Installer, site_view
 from methods.model.describe import describe
 from methods.policy import Decision, Policy
-from search.evaluate import Evaluator, Switch, lm_eval_tasks, paired, stderr
+from search.evaluate import Evaluator, NotFinite, Switch, lm_eval_tasks, paired, stderr
 from tests.tiny import tiny_model, tiny_tokenizer
 
 DECISION = Decision.of("rtn", format="w3a8-token")
@@ -100,6 +102,22 @@ def test_two_corpora_share_one_model(setting) -> None:
     assert second.evaluate(policy).kl > 1e-5
     edits = {structure.sites[0].name: edit_of(structure.sites[0].name, DECISION)}
     assert second.evaluate_edits(edits).kl == pytest.approx(second.evaluate(policy).kl)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_computes_no_number_is_no_result_and_its_layer_is_named(setting, value) -> None:
+    model, structure, tokens, edit_of, _ = setting
+    site = structure.sites[2]
+    edit = edit_of(site.name, DECISION)
+    layer = site.layers[-1].name
+    broken = edit.linears[layer].dense.clone()
+    broken[1, 2] = value
+    edits = {site.name: replace(edit, linears={**edit.linears, layer: replace(edit.linears[layer], dense=broken)})}
+    evaluator = Evaluator(Switch(model, structure, edit_of), tokens)
+    with pytest.raises(NotFinite, match=f"from {re.escape(layer)} on"):
+        evaluator.evaluate_edits(edits)
+    evaluator.dense()
+    assert evaluator.evaluate(Policy(), 1).kl == pytest.approx(0, abs=1e-6)
 
 
 def test_a_local_task_file_is_scored_by_lm_eval(tmp_path) -> None:
