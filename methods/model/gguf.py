@@ -18,8 +18,9 @@ from methods.model.describe import describe
 from methods.model.experts import unfuse_experts
 from methods.model.gguf_head import tie_again_
 from methods.model.gguf_header import Header, UnreadableGGUF, first_line, read_header
-from methods.model.gguf_metadata import Description, check_tensors, read_description, tokenizer_notes
+from methods.model.gguf_metadata import Description, check_tensors, read_description
 from methods.model.gguf_rope import check_rope
+from methods.model.gguf_tokenizer import follow_
 from methods.model.quiet import quiet
 from methods.model.save import save
 from methods.model.structure import Structure
@@ -67,7 +68,7 @@ def convert(path: Path, cache: Path, log: Callable[[str], None]) -> Path:
         unfuse_experts(read.model)
         structure = describe(read.model)
         kinds = _by_linear(read, structure)
-        notes = [*([tied] if tied else []), *_off_grid(read.model, structure, kinds), *tokenizer_notes(header, read.tokenizer)]
+        notes = [*([tied] if tied else []), *_off_grid(read.model, structure, kinds), *follow_(read.tokenizer, header)]
         weights = _weights(structure, kinds)
         dtype = "bf16" if set(weights) - FLOATS else DTYPES[weights.most_common(1)[0][0]]
         origin = {"label": label(header, weights), "notes": notes, "digest": digest_of(read.model, dtype)}

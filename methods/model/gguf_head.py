@@ -54,7 +54,8 @@ def _half_step(weight: Tensor, kind: str) -> Tensor:
     """Half the distance of neighbouring values about each weight (n, d), for a uniform grid over each block."""
     bits = FLOAT_BITS.get(kind)
     if bits is not None:
-        return weight.abs() * 0.5 ** float(bits)
+        half: Tensor = weight.abs() / 2**bits
+        return half
     width = BLOCK if weight.shape[1] % BLOCK == 0 else weight.shape[1]
     blocks = weight.reshape(len(weight), -1, width)
     span = blocks.amax(2, keepdim=True) - blocks.amin(2, keepdim=True)

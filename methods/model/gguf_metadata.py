@@ -162,33 +162,6 @@ def check_tensors(header: Header, used: Collection[str]) -> None:
         )
 
 
-def tokenizer_notes(header: Header, tokenizer: Any) -> list[str]:
-    """What of the file's tokenizer transformers does not follow, in plain words."""
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-    notes = []
-    pre = header.metadata.get("tokenizer.ggml.pre")
-    if header.metadata.get("tokenizer.ggml.model") == "gpt2" and pre not in {None, *GGUF_PRE_TOKENIZER_SPLITS, *SPLITS_OF_GPT2}:
-        notes.append(
-            f"the file's pre-tokenizer {pre!r} is not one that transformers knows: texts may be cut into other tokens than meant"
-        )
-    space = header.metadata.get("tokenizer.ggml.add_space_prefix")
-    starts = tokenizer.tokenize("a")[:1]
-    if (
-        header.metadata.get("tokenizer.ggml.model") == "llama"
-        and space is not None
-        and space != bool(starts and starts[0][0] == "▁")
-    ):
-        notes.append(
-            f"the file's tokenizer says add_space_prefix={space}, transformers does not follow: a text's first token may differ"
-        )
-    return notes
-
-
-SPLITS_OF_GPT2 = ("gpt-2", "default", "phi-2", "mpt", "olmo", "smollm", "starcoder", "refact", "command-r", "codeshell")
-"""Pre-tokenizers that cut as GPT-2's does, but for digits, which no merge of such a vocabulary joins."""
-
-
 def _check_kind(header: Header) -> None:
     metadata = header.metadata
     if metadata.get("general.type", "model") != "model":

@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from methods.model.baseline import detect_grids, float_offset_error
 from methods.model.describe import describe
@@ -17,7 +18,7 @@ from methods.model.load import load
 from methods.model.trace import logits_of
 from methods.model.weights import weight_of
 from tests.gguf_files import add_tokenizer, write_gguf
-from tests.tiny import tiny_model, tiny_tokenizer, tiny_tokens
+from tests.tiny import seeded, tiny_model, tiny_tokenizer, tiny_tokens
 
 
 def _linears(kind):
@@ -179,3 +180,20 @@ def test_a_mix_keeps_its_name_where_its_type_occurs():
     header = Header(Path("small.Q4_K_M.gguf"), "llama", {"general.file_type": 15}, {}, {})
     assert label(header, Counter({"Q5_0": 72, "Q4_K": 21, "Q8_0": 7})) == "small, dequantised from Q4_K_M"
     assert label(header, Counter({"Q5_0": 93, "Q8_0": 7})) == "small, dequantised from Q5_0+Q8_0"
+
+
+def test_experts_have_the_types_of_their_fused_tensors(tmp_path):
+    """Gate and up are one linear of an expert, stored as two tensors: the coarser type counts."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16, "num_hidden_layers": 2}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    with seeded(0):
+        model = (
+            AutoModelForCausalLM.from_config(Qwen3MoeConfig(vocab_size=128, **sizes, **experts)).eval().requires_grad_(False)
+        )
+    types = {"ffn_gate_exps": "Q4_1", "ffn_up_exps": "Q8_0", "ffn_down_exps": "Q5_0"}
+    write_gguf(tmp_path / "tiny.gguf", model, lambda name: types.get(name.split(".")[-2], "F16"))
+    loaded = load(str(tmp_path / "tiny.gguf"), tmp_path / "cache")
+    weights = Counter({"q": 6144, "kv": 6144, "o": 6144, "gate_up": 16384, "down": 8192})
+    shares = [f"{weights[part] / weights.total():.0%}" for part in ("gate_up", "down")]
+    assert f"{shares[0]} lie on a grid of 4 bits (Q4_1), {shares[1]} on a grid of 5 bits (Q5_0), which" in loaded.notes[0]
+    assert detect_grids(loaded.model, loaded.structure) == ()

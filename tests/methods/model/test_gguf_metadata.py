@@ -176,9 +176,3 @@ def test_what_is_not_understood_is_refused(changed, tensors, message, tmp_path):
         convert(tmp_path / "tiny.gguf", tmp_path / "cache", str)
     assert "\n" not in str(refusal.value)
     assert not list(tmp_path.glob("cache/models/*"))
-
-
-def test_a_pre_tokenizer_that_is_not_known_is_told(tmp_path):
-    write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"), pre="deepseek-llm")
-    (note,) = load(str(tmp_path / "tiny.gguf"), tmp_path / "cache").notes
-    assert "pre-tokenizer 'deepseek-llm'" in note
