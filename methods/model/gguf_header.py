@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,15 @@ class Keys:
         """The value of a key, which counts as used from now on."""
         self._taken.add(key)
         return self.header.metadata.get(self.full(key), default)
+
+    def number(self, key: str, default: float, least: float = 0) -> Any:
+        """`take` of a number of at least `least`; raises UnreadableGGUF for anything else."""
+        value = self.take(key, default)
+        if isinstance(value, list):
+            raise self.refusal(key, "differs from block to block, which transformers' class does not compute")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+            raise self.refusal(key, f"is no number of at least {least}; the file is damaged or written wrongly")
+        return value
 
     def full(self, key: str) -> str:
         """The key as the file writes it."""

@@ -133,9 +133,8 @@ def read_description(header: Header) -> Description:
     """The whole metadata of a file, read; raises UnreadableGGUF naming the key and value that are not understood."""
     _check_kind(header)
     keys = Keys(header)
-    missing = next((key for key in REQUIRED if keys.take(key) is None), None)
-    if missing:
-        raise keys.refusal(missing, "is missing; the file does not describe its model")
+    for key in REQUIRED:
+        keys.number(key, 0, 1)
     model_type = MODEL_TYPES[header.architecture]
     names = _fields(model_type)
     settings: dict[str, Any] = {"model_type": model_type, "tie_word_embeddings": "output.weight" not in header.tensors}
@@ -147,7 +146,7 @@ def read_description(header: Header) -> Description:
         settings["head_dim"] = head_dim
     settings |= _attention(keys, head_dim) | _biases(header) | _experts(header, names) | _architecture(keys, settings)
     ropes = _rotary(keys, head_dim, settings)
-    _check_left(keys, names)
+    _check_left(keys)
     return Description(settings, ropes)
 
 
@@ -166,7 +165,7 @@ def _check_kind(header: Header) -> None:
     metadata = header.metadata
     if metadata.get("general.type", "model") != "model":
         raise header.refusal("general.type", "is no language model of its own; give the model's file")
-    if metadata.get("split.count", 1) > 1:
+    if metadata.get("split.count", 1) not in (0, 1):
         raise header.refusal("split.count", "says that this is one of several parts; join them with llama-gguf-split --merge")
     other = next((key for key in metadata if key.startswith(OTHER_KINDS)), None)
     if other:
@@ -192,8 +191,8 @@ def _named(keys: Keys, names: Collection[str]) -> dict[str, Any]:
         value = keys.take(key) if name else None
         if name is None or value is None:
             continue
-        if isinstance(value, list):
-            raise keys.refusal(key, "differs from block to block, which transformers' class does not compute")
+        if not isinstance(value, bool):
+            keys.number(key, 0)
         settings[name] = None if key.endswith("softcapping") and not value else value
     if not any(name in settings for key in NAMES if key.endswith("epsilon") for name in NAMES[key]):
         raise keys.refusal("attention.layer_norm_rms_epsilon", "is missing; the file does not describe its norms")
@@ -209,7 +208,7 @@ def _special_tokens(header: Header) -> dict[str, int | None]:
 
 
 def _head_size(keys: Keys) -> int:
-    size = keys.take("attention.key_length") or keys.take("embedding_length") // keys.take("attention.head_count")
+    size = keys.number("attention.key_length", 0) or keys.take("embedding_length") // keys.take("attention.head_count")
     if keys.take("attention.value_length", size) != size:
         raise keys.refusal("attention.value_length", f"differs from the length of keys, {size}; only equal ones are computed")
     return int(size)
@@ -218,7 +217,7 @@ def _head_size(keys: Keys) -> int:
 def _attention(keys: Keys, head_dim: int) -> dict[str, Any]:
     """The window of the attention, which blocks have it, and what divides the queries."""
     arch, settings = keys.header.architecture, {}
-    window = keys.take("attention.sliding_window", 0)
+    window = keys.number("attention.sliding_window", 0)
     if arch in WINDOWED:
         settings["sliding_window"] = window or None
     elif window and window < keys.take("context_length"):
@@ -228,11 +227,13 @@ def _attention(keys: Keys, head_dim: int) -> dict[str, Any]:
     if not window:
         raise keys.refusal("attention.sliding_window", "is missing; half of a Gemma's blocks attend through a window")
     n_blocks = keys.take("block_count")
-    pattern = keys.take("attention.sliding_window_pattern", 2 if arch == "gemma2" else 6)
-    sliding = pattern if isinstance(pattern, list) else [bool((block + 1) % pattern) for block in range(n_blocks)]
+    sliding = keys.take("attention.sliding_window_pattern", 2 if arch == "gemma2" else 6)
+    if not isinstance(sliding, list):
+        period = keys.number("attention.sliding_window_pattern", sliding, 1)
+        sliding = [bool((block + 1) % period) for block in range(n_blocks)]
     settings["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in sliding]
     scalar = keys.take("embedding_length") // keys.take("attention.head_count") if n_blocks == LARGE_GEMMA[arch] else head_dim
-    scale = keys.take("attention.scale", 0)
+    scale = keys.number("attention.scale", 0)
     settings["query_pre_attn_scalar"] = round(scale**-2) if scale else scalar
     return settings
 
@@ -289,7 +290,7 @@ def _rotary(keys: Keys, head_dim: int, settings: dict[str, Any]) -> dict[str, Ro
         )
     if model_type == "phi3":
         settings["original_max_position_embeddings"] = rope.original
-    local = float(keys.take("rope.freq_base_swa", 10_000.0 if arch == "gemma3" else rope.base))
+    local = float(keys.number("rope.freq_base_swa", 10_000.0 if arch == "gemma3" else rope.base, 1.01))
     if arch != "gemma3":
         if local != rope.base:
             raise keys.refusal("rope.freq_base_swa", f"differs from {rope.base}, and transformers' {arch} has one base")
@@ -304,7 +305,7 @@ def _rotary(keys: Keys, head_dim: int, settings: dict[str, Any]) -> dict[str, Ro
     return {f"{kind}_inv_freq": both[kind] for kind in sorted(set(settings["layer_types"]))}
 
 
-def _check_left(keys: Keys, names: Collection[str]) -> None:
+def _check_left(keys: Keys) -> None:
     for key, value in keys.left().items():
         if key not in HARMLESS and value not in NEUTRAL.get(key, ()):
             raise keys.refusal(

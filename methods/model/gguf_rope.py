@@ -59,10 +59,10 @@ def plain_rope(base: float, rotated: int) -> Rope:
 
 def read_rope(keys: Keys, head_dim: int) -> Rope:
     """The rotary embedding of a file; raises UnreadableGGUF naming what cannot be honoured."""
-    rotated = int(keys.take("rope.dimension_count", head_dim))
-    plain = plain_rope(float(keys.take("rope.freq_base", 10_000.0)), rotated)
-    context = int(keys.take("context_length", 0))
-    original = int(keys.take("rope.scaling.original_context_length", 0)) or context
+    rotated = int(keys.number("rope.dimension_count", head_dim, 2))
+    plain = plain_rope(float(keys.number("rope.freq_base", 10_000.0, 1.01)), rotated)
+    context = int(keys.number("context_length", 1, 1))
+    original = int(keys.number("rope.scaling.original_context_length", 0)) or context
     kind, factor = _scaling(keys)
     single, *pair = (keys.header.divisors.get(name) for name in ROTARY_TENSORS)
     for divisors in (single, *pair):
@@ -71,7 +71,7 @@ def read_rope(keys: Keys, head_dim: int) -> Rope:
         raise UnreadableGGUF(
             f"{keys.header.path}: rope_freqs.weight stands beside another rotary scaling; only one can be meant"
         )
-    scale = float(keys.take("rope.scaling.attn_factor", 1.0))
+    scale = float(keys.number("rope.scaling.attn_factor", 1.0))
     if kind == "longrope":
         long, short = pair
         if long is None or short is None:
@@ -89,8 +89,8 @@ def read_rope(keys: Keys, head_dim: int) -> Rope:
 def _scaling(keys: Keys) -> tuple[str | None, float]:
     """The kind of scaling, None for none and for the linear one, and the factor of the latter two."""
     kind = keys.take("rope.scaling.type")
-    older = keys.take("rope.scale_linear", 0.0)
-    factor = float(keys.take("rope.scaling.factor", 0.0) or older or 1.0)
+    older = keys.number("rope.scale_linear", 0.0)
+    factor = float(keys.number("rope.scaling.factor", 0.0) or older or 1.0)
     keys.take("rope.scaling.finetuned")
     if kind not in (None, "none", "linear", "yarn", "longrope"):
         raise keys.refusal("rope.scaling.type", "is no scaling that is known; none, linear, yarn and longrope are")
@@ -104,8 +104,8 @@ def _scaling(keys: Keys) -> tuple[str | None, float]:
 
 def _yarn(keys: Keys, plain: Rope, factor: float, original: int, scale: float) -> Rope:
     """YaRN (2023), sections 3.2 and 3.4: high frequencies stay, low ones are divided, with a linear ramp between; cosines grow."""
-    fast = float(keys.take("rope.scaling.yarn_beta_fast", 32.0))
-    slow = float(keys.take("rope.scaling.yarn_beta_slow", 1.0))
+    fast = float(keys.number("rope.scaling.yarn_beta_fast", 32.0, 1e-3))
+    slow = float(keys.number("rope.scaling.yarn_beta_slow", 1.0, 1e-3))
     for key, neutral in (("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)):
         if keys.take(f"rope.scaling.{key}", neutral) != neutral:
             raise keys.refusal(f"rope.scaling.{key}", f"is not computed here, only {neutral} is")
