@@ -19,7 +19,7 @@ from methods.model.left_out import left_out, nothing_hidden
 from methods.model.quiet import quiet
 from methods.model.settings import settle_
 from methods.model.structure import Structure
-from methods.model.tokenizer import read_tokenizer
+from methods.model.tokenizer import beyond_embedding, read_tokenizer
 from methods.model.weight_files import LoadError, headers, stored_dtype, weight_files
 from methods.model.weights import digest_of, not_finite
 
@@ -136,6 +136,8 @@ def _from_folder(folder: Path, source: str, label: str, notes: tuple[str, ...]) 
         )
     if tokenizer is None:
         notes = (*notes, "the model has no tokenizer: it can be searched on text that it writes itself, but reads no other")
+    elif unknown := beyond_embedding(tokenizer, model):
+        notes = (*notes, unknown)
     damaged = not_finite(model)
     if damaged:
         raise LoadError(f"{folder}: {damaged} holds NaN or infinite values; the checkpoint is damaged, use another")
