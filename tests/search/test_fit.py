@@ -16,6 +16,7 @@ from methods.policy_file import PolicyFile, render
 from profilers.workload import parse_workload
 from search.cli import main
 from search.config import ConfigError, RunConfig
+from search.deliver import COMPARED, compared
 from search.export.standalone import export_checkpoint
 from search.fit import continuation_notes, sequence_length, sequence_notes, workload_notes
 from search.progress import Progress
@@ -236,3 +237,11 @@ def test_materialize_needs_no_workload_and_says_what_it_opened(tmp_path: Path, c
     assert main(["materialize", str(path), "--out", str(tmp_path / "o"), "--cache", str(tmp_path / "c"), *flags]) == 0
     assert "2 tokens beyond the 128 rows" in capsys.readouterr().err
     assert checkpoint.read(tmp_path / "o").edits.keys() == policy.sites.keys()
+
+
+@pytest.mark.parametrize(("length", "n_sequences"), [(2, 32), (60, 2), (64, 1), (512, 1)])
+def test_an_export_is_compared_on_more_than_a_few_tokens(length: int, n_sequences: int) -> None:
+    tokens = torch.arange(40 * length).view(40, length)
+    assert torch.equal(compared(tokens), tokens[:n_sequences])
+    assert compared(tokens).numel() >= COMPARED
+    assert torch.equal(compared(tokens[:1]), tokens[:1])
