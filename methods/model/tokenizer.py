@@ -32,18 +32,22 @@ class UnknownToken(ValueError):
 
 
 def beyond_embedding(tokenizer: Any, model: Any) -> str:
-    """A line on a tokenizer that knows tokens without an embedding, "" where it knows none.
+    """A line on a tokenizer that makes tokens without an embedding of plain text, "" where it makes none.
 
-    Published models have such tokens (of images, say) that no text holds, so that a text is refused and not the model.
+    Special tokens are left out (published models have some for images, say), and a note is no refusal: most text holds none of either.
     """
-    rows = n_embeddings(model)
-    beyond = sorted((index, token) for token, index in tokenizer.get_vocab().items() if index >= rows)
+    rows, added = n_embeddings(model), tokenizer.added_tokens_decoder
+    beyond = sorted(
+        (index, token)
+        for token, index in tokenizer.get_vocab().items()
+        if index >= rows and not (index in added and added[index].special)
+    )
     if not beyond:
         return ""
     index, token = beyond[0]
     return (
-        f"the tokenizer knows {len(beyond)} tokens beyond the {rows} rows of the embedding, {token!r} with the id {index} first: "
-        "text that holds one of them is refused"
+        f"the tokenizer has {len(beyond)} token{'s' if len(beyond) > 1 else ''} beyond the {rows} rows of the embedding, {token!r} with "
+        f"the id {index} first: text that holds one of them is refused"
     )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from methods import checkpoint
 from methods.model.load import LoadedModel, load
-from methods.model.tokenizer import UnknownToken, beyond_embedding, checked_ids
+from methods.model.tokenizer import UnknownToken, beyond_embedding, check_ids, checked_ids
 from methods.policy_file import PolicyFile, render
 from profilers.workload import parse_workload
 from search.cli import main
@@ -198,6 +198,15 @@ def test_a_longer_tokenizer_is_told_and_only_its_text_refused(tmp_path: Path) ->
         UnknownToken, match=r"strange\.txt \(\w+\) holds the token 'quick brown' with the id 129.* has 128 rows"
     ):
         corpora("strange")
+
+
+def test_special_tokens_without_an_embedding_are_no_news_until_a_text_holds_one(tmp_path: Path) -> None:
+    loaded = opened(tmp_path, "llama")
+    loaded.tokenizer.add_tokens(["<image>"], special_tokens=True)
+    assert beyond_embedding(loaded.tokenizer, loaded.model) == ""
+    ids = loaded.tokenizer("the <image>", return_tensors="pt")["input_ids"]
+    with pytest.raises(UnknownToken, match="--prompt holds the token '<image>' with the id 128"):
+        check_ids(ids, loaded.model, loaded.tokenizer, "--prompt")
 
 
 def test_a_tokenizer_that_is_shorter_than_the_embedding_is_no_news(tmp_path: Path) -> None:
