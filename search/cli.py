@@ -339,6 +339,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     else:
         print(arguments.prompt + result.text)
         sys.stderr.write(f"{result.n_tokens} tokens, {result.ms_per_token:.1f} ms each ({result.kernels})\n")
+        for note in result.notes:
+            sys.stderr.write(f"note: {note}\n")
         for reason, sites in result.simulated.items():
             sys.stderr.write(
                 f"note: {len(sites)} sites are simulated ({reason}): they run decoded, as dense ones, not at the format's speed, "

@@ -87,7 +87,7 @@ class RunConfig:
         "or generated: the model writes its own",
         metavar="SRC",
     )
-    sequence: int = _option(512, "tokens of a sequence")
+    sequence: int = _option(512, "tokens of a sequence, at most as many as the model has positions")
     calibration_tokens: int = _option(8192, "tokens of calibration; at least 5 times the widest layer's inputs is safe")
     search_tokens: int = _option(4096, "tokens on which candidates are compared")
     validation_tokens: int = _option(4096, "tokens on which finalists are chosen, and as many again for the report")
@@ -123,6 +123,8 @@ class RunConfig:
         for name in ("sequence", "calibration_tokens", "search_tokens", "validation_tokens", "finalists"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: must be at least 1")
+        if self.sequence < 2:
+            raise ConfigError(f"--sequence {self.sequence}: a loss needs at least 2, a token to read and one to predict")
         for name in ("evaluations", "tokens", "limit", "threads", "max_kl"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: must not be negative")

@@ -12,9 +12,14 @@ from search.prepared import Prepared
 from spaces.runtimes import runtime
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from search.finalists import Finalist
     from search.results import Answer
     from search.session import Session
+
+COMPARED = 64
+"""Tokens on which the loss of an export is compared, where the text has so many: that of one or two tells noise."""
 
 
 def policy_file_of(session: Session, prepared: Prepared, item: Finalist, answer: Answer) -> Any:
@@ -117,9 +122,14 @@ def export_answer(session: Session, name: str, file: Any, edits: Mapping[str, An
     switch: Switch = session.switch
     switch.edits(edits)
     with session.progress.busy(f"loading the {name} export back"):
-        check = module.verify(folder, session.model, session.corpora["report"].tokens[:1])
+        check = module.verify(folder, session.model, compared(session.corpora["report"].tokens))
     switch.dense()
     if not check.ok:
         raise ValueError(f"export {folder}: what stock runtimes load is not what was evaluated: {check.message}")
     session.progress.say(f"exported {folder}: {check.summary}")
     return check
+
+
+def compared(tokens: Tensor) -> Tensor:
+    """The first sequences (n, length) of a text (n_sequences, length), together `COMPARED` tokens or more."""
+    return tokens[: -(-COMPARED // tokens.shape[1])]

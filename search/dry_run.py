@@ -24,6 +24,7 @@ def dry_run(config: RunConfig, progress: Progress) -> dict[str, Any]:
     reason = None if decision is None else refuses(session.model, session.loaded.structure, decision)
     if reason:
         raise ConfigError(f"--transform {config.transform}: {reason}")
+    notes = (*session.stored.notes, *session.fit_notes)
     space = session.space
     keys = table_keys(session)
     target = session.target
@@ -49,4 +50,5 @@ def dry_run(config: RunConfig, progress: Progress) -> dict[str, Any]:
         "sensitivities": f"{compressed} scores from 1 forward and {PROBES} backward passes",
         "true evaluations": f"at most {first} of {FIRST_STAGE * config.sequence} tokens, the best again on {config.search_tokens}",
         "finalists": f"{config.finalists} searched and the best simple policy, measured end to end and recompressed in order",
+        **({"notes": "; ".join(notes)} if notes else {}),
     }

@@ -15,6 +15,7 @@ from methods.apply import Installer
 from methods.method import Edit
 from methods.model.head import check_projection, final_hidden, project
 from methods.model.structure import Structure
+from methods.model.tokenizer import checked_ids
 from methods.policy import DENSE, Decision, Policy
 
 if TYPE_CHECKING:
@@ -243,7 +244,8 @@ def lm_eval_tasks(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit:
 
     names, manager = find_tasks(tasks)
     adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
-    result = simple_evaluate(model=adapter, tasks=names, limit=limit or None, task_manager=manager, log_samples=False)
+    with checked_ids(model, tokenizer, "--tasks: their text"):
+        result = simple_evaluate(model=adapter, tasks=names, limit=limit or None, task_manager=manager, log_samples=False)
     return {
         name: {
             metric.split(",")[0]: float(value)

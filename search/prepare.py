@@ -81,7 +81,7 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
             "compute_dtype": session.target.compute_dtype,
         },
         data={role: {**corpus.summary(), "generated": corpus.generated} for role, corpus in corpora.items()},
-        notes=(*session.space.notes, *_doubts(session, table, fits)),
+        notes=(*session.fit_notes, *session.space.notes, *_doubts(session, table, fits)),
         tail=fit["tail"],
         checked=_checked(fit),
         also=tuple(map(_also, costs[1:], fits[1:], workloads[1:])),

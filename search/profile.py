@@ -56,6 +56,8 @@ def profile(
     folder = config.cache_folder / "tables"
     table = LatencyTable.open(folder, target)
     session = Session(replace(config, target=target.name), progress) if with_model else None
+    for note in session.fit_notes if session is not None else ():
+        progress.say(note)
     keys = _keys(session, config, target, shapes, plan)
     progress.say(f"measuring {len(table.missing(keys))} of {len(keys)} cells on {target.description}; table {table.path}")
     with progress.bar("latency table") as update:

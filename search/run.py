@@ -131,7 +131,7 @@ def prepare_study(session: Session, steps: Steps, key: str) -> Prepared:
     from search.pricing import check_priced
 
     # What cannot be searched is refused before the model writes text or anything is measured.
-    _ = session.space
+    _ = session.fit_notes, session.space
     check_priced(session)
     open_store(session)
     steps.put("environment", key, environment(session.target))

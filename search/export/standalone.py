@@ -11,6 +11,8 @@ from torch import Tensor
 from methods import checkpoint, policy_file
 from methods.apply import Installer
 from methods.model.load import MARKER
+from methods.model.positions import learned_positions
+from methods.model.tokenizer import n_embeddings
 from search.export.registry import exporter
 
 if TYPE_CHECKING:
@@ -49,8 +51,11 @@ def export_checkpoint(folder: Path, name: str, out: Path) -> Verification:
 
 
 def _ids(loaded: LoadedModel) -> Tensor:
-    """Token ids (1, t) of a plain text, or drawn with a fixed seed for a model without a tokenizer."""
-    if loaded.tokenizer is None:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(loaded.structure.n_vocab, (1, 64), generator=generator)
-    return torch.tensor([loaded.tokenizer(_TEXT)["input_ids"]])
+    """Token ids (1, t) of a plain text, as long as the model reads it, or drawn with a fixed seed where it has no tokenizer for it."""
+    length, rows = learned_positions(loaded.model), n_embeddings(loaded.model)
+    if loaded.tokenizer is not None:
+        ids = torch.tensor([loaded.tokenizer(_TEXT)["input_ids"][:length]])
+        if int(ids.max()) < rows:
+            return ids
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(loaded.structure.n_vocab, (1, 64), generator=generator)[:, :length]
