@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,15 @@ from search.config import ConfigError, RunConfig, device_folders
 from search.deliver import deliver, policy_text
 from search.environment import environment
 from search.files import Steps, content_key
-from search.folder import check_same, open_store, open_study, save_config, study_key
-from search.limits import binding, kernel_budget, median_limit, tightened, under
+from search.folder import check_same, keep_prepared, kept_prepared, open_store, open_study, save_config, study_key
+from search.limits import binding, check_bytes, tightened, under
 from search.objectives import Objective
 from search.outcome import notes_of, predictor_report, search_notes, verdict
 from search.prepared import Prepared
 from search.progress import Progress
+from search.resolved import Resolved, describe_solution, solved
 from search.strategies.problem import Infeasible
-from search.strategies.solve import Solution, solve
+from search.strategies.solve import solve
 
 if TYPE_CHECKING:
     from search.explore import Ranked
@@ -42,19 +43,6 @@ MARGIN = 0.005
 """Share of the objective left free besides the measured interval, so that the next measurement meets it too."""
 
 
-class Unreachable(ValueError):
-    """No legal policy meets the objective; says what the fastest takes and what limits it."""
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A solved objective: limit in ms, budget of kernel time in ms, and the solver's policy."""
-
-    limit_ms: float
-    budget_ms: float
-    solution: Solution
-
-
 def run_study(
     config: RunConfig, progress: Progress | None = None, resolved: Callable[[Prepared, Resolved], None] | None = None
 ) -> Answer:
@@ -66,23 +54,23 @@ def run_study(
     progress = progress or Progress(quiet=True)
     _ = config.objective  # raises where there is none
     _check_target(config)
+    if config.target == "cpu":
+        _check_compiler(config, progress)
     with open_study(config) as folder:
         remove_abandoned(config.cache_folder)
         steps = Steps(folder / "steps")
         key = study_key(config)
-        stored = steps.get("prepared", key)
         session: Session | None = None
-        if stored is None:
+        prepared = kept_prepared(steps, key, config)
+        if prepared is None:
             session = _session(config, progress)
             prepared = prepare_study(session, steps, key)
-        else:
-            prepared = Prepared.from_json(stored)
         config = settled(config, prepared, progress)
         if session is not None:
             session.config = config
         prepared, objective = under(prepared, config.objectives), config.objective
         with progress.busy("solving"):
-            first = resolve(prepared, objective, config)
+            prepared, first = solved(prepared, objective, config)
         progress.say(describe_solution(prepared, first, config))
         if resolved:
             resolved(prepared, first)
@@ -93,7 +81,7 @@ def settled(config: RunConfig, prepared: Prepared, progress: Progress) -> RunCon
     """The configuration with a latency in place of `auto`, which is kept as what the study asks."""
     if not config.objective.auto:
         return config
-    chosen = replace(config, latency=binding(prepared))
+    chosen = replace(config, latency=binding(under(prepared, config.objectives)))
     progress.say(f"--latency auto: {chosen.latency} of the dense model's, where no single format is best on this machine")
     save_config(chosen)
     return chosen
@@ -107,6 +95,24 @@ def _check_target(config: RunConfig) -> None:
 
     folders = device_folders(config.devices)
     resolve_target(config.target, folders, config.threads or None, allow_modelled=config.allow_modelled)
+
+
+def _check_compiler(config: RunConfig, progress: Progress) -> None:
+    """Says first that there is no compiler; raises ConfigError where no kernel runs any of the formats without one."""
+    from methods.formats.format import parse_format
+    from profilers.kernels.build import MISSING, compiler
+    from profilers.kernels.catalogue import supported
+    from profilers.target import local_cpu
+    from spaces.runtimes import default_formats
+
+    if compiler() is not None:
+        return
+    names = config.formats or default_formats(config.runtime, [load.phase for load in config.workloads])
+    target, size = local_cpu(config.threads or None), 512  # which every group divides
+    left = [name for name in names if supported(parse_format(name), size, size, 1, target)]
+    if not left:
+        raise ConfigError(f"{MISSING}: without one nothing here computes in {', '.join(names)}")
+    progress.say(f"{MISSING}: without one only {', '.join(left)} can be measured")
 
 
 def _session(config: RunConfig, progress: Progress) -> Session:
@@ -127,58 +133,18 @@ def _session(config: RunConfig, progress: Progress) -> Session:
 
 def prepare_study(session: Session, steps: Steps, key: str) -> Prepared:
     """Latency table, whole-model map, calibration and sensitivities; kept under `key`."""
-    from search.prepare import prepare
+    from search.prepare import cache_bytes, prepare
     from search.pricing import check_priced
 
     # What cannot be searched is refused before the model writes text or anything is measured.
-    _ = session.space
+    asked, structure = session.config.objectives, session.loaded.structure
+    check_bytes(asked, structure, session.space, session.dense_format.bits, cache_bytes(session))
     check_priced(session)
     open_store(session)
     steps.put("environment", key, environment(session.target))
     prepared = prepare(session, steps, key)
-    steps.put("prepared", key, prepared.to_json())
+    keep_prepared(steps, key, session.config, prepared)
     return prepared
-
-
-def resolve(prepared: Prepared, objective: Objective, config: RunConfig, tighten: float = 1.0) -> Resolved:
-    """The solver's policy whose upper latency bound meets the objective times `tighten`; raises `Unreachable`.
-
-    Where only the prediction itself meets it and not its upper bound, that has to do: what is measured in the end decides.
-    """
-    limit, problem = median_limit(prepared, objective), prepared.problem
-    budget = kernel_budget(prepared.map, limit * tighten, problem.fastest_ms)
-    try:
-        budget = min(budget, sum(float(t.max()) for t in problem.latency_ms))
-        return Resolved(limit, budget, solve(problem, budget))
-    except Infeasible as error:
-        if error.name:
-            raise Unreachable(
-                f"{error.name} cannot be met on {prepared.target['name']} with {objective.text}: {error}"
-            ) from None
-        raise Unreachable(_unreachable(prepared, objective, error.limits[0])) from None
-
-
-def _unreachable(prepared: Prepared, objective: Objective, limit: tuple[str, Any, float]) -> str:
-    fastest = prepared.map.predict(prepared.problem.fastest_ms)
-    known = "predicted from measured runs" if prepared.label == "measured" else prepared.label
-    outside = prepared.map.predict(0.0).mean if prepared.map.b0 > 0 else 0.0
-    return (
-        f"--{objective.kind} {objective.text} ({median_limit(prepared, objective):.3g} ms) cannot be met on {prepared.target['name']}: "
-        f"the fastest legal policy takes about {fastest.mean:.3g} ms [{fastest.lo:.3g}, {fastest.hi:.3g}] "
-        f"({known}), of which {outside:.3g} ms pass outside the compressed layers; the slowest of those is "
-        f"{limit[0]} ({limit[1].label}, {limit[2]:.3g} ms). "
-        f"Ask for {fastest.hi if prepared.label == 'measured' else fastest.mean:.3g}ms or more."
-    )
-
-
-def describe_solution(prepared: Prepared, found: Resolved, config: RunConfig) -> str:
-    """The solver's answer in a line, all of it predicted."""
-    ms = prepared.map.predict(found.solution.latency_ms)
-    mix = ", ".join(f"{count} {name}" for name, count in prepared.mix(found.solution.policy).items())
-    return (
-        f"solved for {found.limit_ms:.4g} ms: predicted {ms.mean:.4g} ms [{ms.lo:.4g}, {ms.hi:.4g}], KL {found.solution.loss:.3g} nats "
-        f"({mix}); 1 ms more buys {found.solution.shadow_price:.2g} nats"
-    )
 
 
 def validate_study(session: Session, prepared: Prepared, found: Resolved, objective: Objective) -> Answer:

@@ -18,7 +18,7 @@ from methods.model.structure import Site
 from methods.policy import DENSE, Decision, Policy
 from predictors.absent import Elsewhere
 from profilers.cells import site_cells
-from profilers.kernels.catalogue import refusals, supported
+from profilers.kernels.catalogue import supported, why_none
 from profilers.kv_cache import new_cache
 from profilers.resolution import resolve
 from profilers.runtime import Runtime
@@ -115,8 +115,7 @@ class Session:
                 return self.absent_reason(site, fmt)
             if supported(fmt, cell.n, cell.k, cell.m, self.target):
                 return None
-            reasons = refusals(fmt, cell.n, cell.k, cell.m, self.target)
-            return "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:2])
+            return why_none(fmt, cell.n, cell.k, cell.m, self.target)
 
         structure = self.loaded.structure
         with self.progress.busy("finding the kernels, compiled where they are not yet"):
