@@ -26,7 +26,8 @@ from profilers.table import KernelKey, LatencyTable
 from profilers.target import Target, local_cpu
 from profilers.workload import Workload
 from search.config import RunConfig, device_folders
-from search.data import ROLES, SHIPPED, Corpus, generate_tokens, parse_sources, roles_from_text, roles_from_tokens
+from search.data import ROLES, Corpus, generate_tokens, parse_sources, roles_from_text, roles_from_tokens
+from search.documents import SHIPPED
 from search.evaluate import Switch
 from search.files import Steps, content_key, kept_tensors
 from search.progress import Progress
