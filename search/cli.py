@@ -51,6 +51,7 @@ def _quiet_libraries() -> None:
     """Libraries' own chatter does not belong between our lines; our warnings do."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
     chatty = "transformers optuna lm_eval compressed_tensors torchao autoround matplotlib torch.utils._pytree"

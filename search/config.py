@@ -102,6 +102,7 @@ class RunConfig:
         [], "lm-eval tasks for the answer and the dense model: names or YAML files", metavar="T,T,…"
     )
     limit: int = _option(0, "examples of each task; 0: all")
+    trust_tasks: bool = _option(False, "let YAML files of --tasks run the Python functions that they name")
     devices: str = _option(
         "", "folder of latency tables from other machines; results/devices is always looked into", metavar="DIR"
     )

@@ -57,6 +57,7 @@ _NOT_PREPARED = (
     "max_kl",
     "tasks",
     "limit",
+    "trust_tasks",
     "study",
     "results",
     "store",

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods.atomic import remove_abandoned
@@ -25,6 +24,7 @@ from search.progress import Progress
 from search.resolved import Resolved, describe_solution, solved
 from search.strategies.problem import Infeasible
 from search.strategies.solve import solve
+from search.words import shortened
 
 if TYPE_CHECKING:
     from search.explore import Ranked
@@ -123,11 +123,13 @@ def _session(config: RunConfig, progress: Progress) -> Session:
         exporter(name)
     session = Session(config, progress)
     if config.tasks:
-        from search.evaluate import find_tasks
+        from search.tasks import find_tasks, load_tasks
 
-        find_tasks(config.tasks)
-        if session.loaded.tokenizer is None:
-            raise ConfigError(f"--tasks: {session.loaded.source} has no tokenizer; leave --tasks out or add tokenizer.json")
+        tasks = find_tasks(config.tasks, config.trust_tasks)  # before a model is loaded
+        if session.stored.tokenizer is None:
+            raise ConfigError(f"--tasks: {session.stored.source} has no tokenizer; leave --tasks out or add tokenizer.json")
+        with progress.busy("loading the tasks"):
+            load_tasks(tasks)
     return session
 
 
@@ -195,7 +197,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
     if chosen is not None and session.target.present:
         at = finalists.index(chosen)
         finalists[at] = chosen = judge.runtime_agreement(chosen, table)
-    finalists = _with_tasks(session, judge, finalists, chosen)
+    finalists, failed = _with_tasks(session, judge, finalists, chosen)
     chosen = _same(finalists, chosen)
     answer = Answer(
         objective=config.objectives.text,
@@ -217,7 +219,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
             "true evaluations in the study": len(store.records()),
         },
         versions=environment(session.target),
-        notes=(*notes_of(session, prepared, finalists, chosen, simple, config), *search_notes(truth)),
+        notes=(*notes_of(session, prepared, finalists, chosen, simple, config), *search_notes(truth), *failed),
     )
     texts = {policy_name(item, answer): policy_text(session, prepared, item, answer) for item in finalists if item.policy.sites}
     with session.progress.busy("writing the report"):
@@ -325,24 +327,30 @@ def _same(finalists: Sequence[Finalist], wanted: Finalist | None) -> Finalist | 
     return None if wanted is None else next(item for item in finalists if item.policy.key() == wanted.policy.key())
 
 
-def _with_tasks(session: Session, judge: Any, finalists: list[Finalist], chosen: Finalist | None) -> list[Finalist]:
-    """Scores of the tasks asked for, of the dense model and of the answer."""
+def _with_tasks(
+    session: Session, judge: Any, finalists: list[Finalist], chosen: Finalist | None
+) -> tuple[list[Finalist], tuple[str, ...]]:
+    """Scores of the tasks asked for, of the dense model and of the answer; where they fail, none, and a note that says why."""
     if not session.config.tasks:
-        return finalists
-    from search.evaluate import lm_eval_tasks
+        return finalists, ()
     from search.session import all_threads
+    from search.tasks import TaskError, find_tasks, score_tasks
 
-    tasks, limit = session.config.tasks, session.config.limit
-    texts = [Path(task).read_text() if Path(task).is_file() else task for task in tasks]
+    limit = session.config.limit
 
     def scores(item: Finalist) -> dict[str, dict[str, float]]:
-        with session.progress.busy(f"lm-eval: {', '.join(tasks)} with {item.name}"), all_threads():
+        with session.progress.busy(f"lm-eval: {shortened(session.config.tasks)} with {item.name}"), all_threads():
             session.switch.edits(judge.edits(item))
-            return lm_eval_tasks(session.model, session.loaded.tokenizer, tasks, limit)
+            return score_tasks(session.model, session.loaded.tokenizer, tasks, limit)
 
     def kept(item: Finalist) -> dict[str, dict[str, float]]:
         weights = session.loaded.digest, session.corpora["calibrate"].sha256, item.policy.key(), item.recompressed
-        key = content_key(*weights, texts, limit)
+        key = content_key(*weights, tasks.texts, limit)
         return session.steps.made(f"tasks-{key}", key, lambda: scores(item))
 
-    return [replace(item, tasks=kept(item)) if item is chosen or not item.policy.sites else item for item in finalists]
+    try:
+        tasks = find_tasks(session.config.tasks, session.config.trust_tasks)
+        return [replace(i, tasks=kept(i)) if i is chosen or not i.policy.sites else i for i in finalists], ()
+    except TaskError as error:
+        session.progress.say(f"{error}; the answer is delivered without scores")
+        return finalists, (f"no scores of tasks: {error}; the same command tries them again, all else is kept",)
