@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from search import machines
 from search.config import ConfigError, add_flags, default_cache, from_arguments
-from search.endings import Parser, Terminated, one_line, stopped_by_term
+from search.endings import Parser, Terminated, Version, one_line, stopped_by_term
 from search.memory import out_of_memory
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="search",
         description="Search how to compress a language model so that it really meets a latency objective on a machine.",
+    )
+    parser.add_argument(
+        "--version", action=Version, nargs=0, help="show the version and, where the code lies in git, its revision"
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from methods.catalogue import model_method
 from methods.policy import Decision
@@ -18,6 +18,7 @@ from profilers.datasheets import DEVICE_TABLES
 from profilers.duration import parse_duration
 from profilers.workload import Workload
 from search.objectives import BYTES, TIMES, Objective, Objectives, parse_workloads
+from spaces.runtimes import RUNTIMES
 
 
 class ConfigError(ValueError):
@@ -65,10 +66,10 @@ class RunConfig:
     workload: str | tuple[str, ...] = _option(
         ["decode:batch=1,context=512"], "decode:batch=B,context=C or prefill:batch=B,prompt=P; may be repeated", metavar="W"
     )
-    runtime: Literal["isolatency", "vllm", "llama.cpp"] = _option(
+    runtime: str = _option(
         "isolatency",
         "engine the result is for; restricts the formats to what it loads",
-        choices=("isolatency", "vllm", "llama.cpp"),
+        choices=tuple(RUNTIMES),
     )
     formats: tuple[str, ...] = _option([], "number formats, comma separated; default: what the runtime runs", metavar="F,F,…")
     methods: tuple[str, ...] = _option(
@@ -127,8 +128,8 @@ class RunConfig:
         for name in ("evaluations", "tokens", "limit", "threads", "max_kl"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: must not be negative")
-        if self.runtime not in ("isolatency", "vllm", "llama.cpp"):
-            raise ConfigError(f"--runtime {self.runtime!r}: use isolatency, vllm or llama.cpp")
+        if self.runtime not in RUNTIMES:
+            raise ConfigError(f"--runtime {self.runtime!r}: use one of {', '.join(RUNTIMES)}")
         if self.budget:
             _parsed(parse_duration, self.budget)
         if isinstance(self.workload, str):

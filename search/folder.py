@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from methods.atomic import remove_abandoned, write_text
 from methods.locks import try_lock
 from search.config import ConfigError, RunConfig, device_folders, read_toml, to_toml
-from search.files import Steps, content_key
+from search.files import Steps, check_place, content_key
 from search.prepared import Prepared
 
 if TYPE_CHECKING:
@@ -98,6 +98,17 @@ def open_study(config: RunConfig) -> Iterator[Path]:
 def save_config(config: RunConfig) -> None:
     """Writes the resolved configuration into the study's folder."""
     write_text(config.folder / "config.toml", to_toml(replace(config, store=_without_password(config.store))))
+
+
+PLACES = ("steps", "bank", "models", "answers", "policies")
+"""Folders of a study that a run writes into."""
+
+
+def check_places(config: RunConfig) -> None:
+    """Raises ConfigError where the study or the cache could not take what the run will write, hours later for some of it."""
+    for name in (*PLACES, *(f"exports/{name}" for name in config.export)):
+        check_place(config.folder / name, "--results")
+    check_place(config.cache_folder, "--cache")
 
 
 def _without_password(url: str) -> str:

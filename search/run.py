@@ -15,7 +15,7 @@ from search.config import ConfigError, RunConfig, device_folders
 from search.deliver import deliver, policy_text
 from search.environment import environment
 from search.files import Steps, content_key
-from search.folder import check_same, keep_prepared, kept_prepared, open_store, open_study, save_config, study_key
+from search.folder import check_places, check_same, keep_prepared, kept_prepared, open_store, open_study, save_config, study_key
 from search.limits import binding, check_bytes, tightened, under
 from search.objectives import Objective
 from search.outcome import notes_of, predictor_report, search_notes, verdict
@@ -57,6 +57,7 @@ def run_study(
     if config.target == "cpu":
         _check_compiler(config, progress)
     with open_study(config) as folder:
+        check_places(config)
         remove_abandoned(config.cache_folder)
         steps = Steps(folder / "steps")
         key = study_key(config)
