@@ -67,9 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="search",
         description="Search how to compress a language model so that it really meets a latency objective on a machine.",
     )
-    parser.add_argument(
-        "--version", action=Version, nargs=0, help="show the version and, where the code lies in git, its revision"
-    )
+    parser.add_argument("--version", action=Version, nargs=0, help="the version, and the revision of a git checkout")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:

@@ -155,9 +155,7 @@ def tokenize(documents: Iterable[str], tokenizer: Any, n_sequences: int, length:
         if len(ids) >= needed:
             break
     if len(ids) < needed:
-        raise DataError(
-            f"the text is too short: {len(ids)} tokens where {needed} are needed; give more text or ask for fewer tokens"
-        )
+        raise DataError(f"the text is too short: {len(ids)} tokens where {needed} are needed")
     tokens = torch.tensor(ids[:needed], dtype=torch.int64).view(n_sequences, body)
     if bos is None:
         return tokens
@@ -229,6 +227,14 @@ def _nucleus(logits: Tensor, mass: float, generator: Any, n_top: int = 256) -> T
     return index.gather(-1, choice)
 
 
+_TOKENS_OF = {
+    "calibrate": "--calibration-tokens",
+    "search": "--search-tokens",
+    "validate": "--validation-tokens",
+    "report": "--validation-tokens",
+}
+
+
 def roles_from_text(
     sources: Mapping[str, str], tokenizer: Any, sizes: Mapping[str, int], length: int, seed: int
 ) -> dict[str, Corpus]:
@@ -252,7 +258,9 @@ def roles_from_text(
             left = sum(_n_lines(documents[other]) for other in sources if sources[other] == source)
             dropped = n_lines[source] - left
             repeats = f" ({dropped} of its {n_lines[source]} lines repeat others and count once)" if dropped > 0 else ""
-            raise DataError(f"--data {source} ({role}): {error}{repeats}") from None
+            raise DataError(
+                f"--data {source} ({role}): {error}{repeats}; give more text, or fewer {_TOKENS_OF[role]}"
+            ) from None
         result[role] = Corpus(role, source, tokens, tokens_hash(tokens), generated=False)
     return result
 

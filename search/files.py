@@ -24,8 +24,8 @@ def content_key(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def check_place(path: Path, flag: str) -> None:
-    """Raises ConfigError where nothing could be written at a path, by making and removing a file; leaves nothing.
+def check_place(path: Path, flag: str, *, folder: bool = False) -> None:
+    """Raises ConfigError where no file, or no `folder`, could be written at a path, by making and removing a file; leaves nothing.
 
     Work whose results go there is not begun.
     """
@@ -33,7 +33,7 @@ def check_place(path: Path, flag: str) -> None:
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
     try:
-        if nearest != path and not nearest.is_dir():
+        if (folder or nearest != path) and not nearest.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is a file")
         if nearest == path and not nearest.is_dir() and not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -47,7 +47,7 @@ def check_new_folder(path: Path, flag: str) -> None:
     """`check_place` for a folder that is to be made; raises ConfigError where something is there already."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{flag} {path}: exists and is not empty; remove it or choose another folder")
-    check_place(path, flag)
+    check_place(path, flag, folder=True)
 
 
 Value = TypeVar("Value")

@@ -107,8 +107,8 @@ PLACES = ("steps", "bank", "models", "answers", "policies")
 def check_places(config: RunConfig) -> None:
     """Raises ConfigError where the study or the cache could not take what the run will write, hours later for some of it."""
     for name in (*PLACES, *(f"exports/{name}" for name in config.export)):
-        check_place(config.folder / name, "--results")
-    check_place(config.cache_folder, "--cache")
+        check_place(config.folder / name, "--results", folder=True)
+    check_place(config.cache_folder, "--cache", folder=True)
 
 
 def _without_password(url: str) -> str:

@@ -229,7 +229,7 @@ def export_study(
     from search.folder import check_same
 
     if out is not None:
-        check_place(out, "--out")
+        check_place(out, "--out", folder=True)
     source, item = measured_policy(folder, answer, wanted)
     config = replace(saved_config(folder), study=folder.name, results=str(folder.parent))
     session = Session(config, progress)

@@ -91,7 +91,9 @@ def priced_sites(session: Session, table: LatencyTable) -> list[tuple[SiteOption
     for index in range(len(found[0])):
         for place, options in enumerate(_judged([sites[index].options for sites in found])):
             if all(option.label != DENSE.label for option in options):
-                raise ConfigError(f"--target {session.target.name}: no latency of the dense {found[0][index].name} there")
+                raise ConfigError(
+                    f"no latency of the dense {found[0][index].name} on {session.target.name}; it is the measure of all"
+                )
             sites = found[place]
             found[place] = (*sites[:index], replace(sites[index], options=options), *sites[index + 1 :])
     if session.config.objectives.sizes:
