@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from methods.policy import Policy
+from search.config import RunConfig
+from search.files import Steps
+from search.finalists import Finalist
+from search.progress import Progress
+from search.run import _with_tasks, run_study
 from search.tasks import TaskError, TaskFile, find_tasks, load_tasks, score_tasks
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 DOCUMENTS = [{"question": f"a b {'c ' * i}", "label": i % 2} for i in range(6)]
 
@@ -229,3 +236,41 @@ def test_an_unknown_name_is_said_with_the_way_out() -> None:
 def test_aliases_in_a_circle_end(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text("task: a\nmetadata: &a\n  again: *a\n")
     assert TaskFile.read(tmp_path / "t.yaml").code is None
+
+
+def test_tasks_that_fail_in_the_end_cost_the_scores_and_not_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise TaskError("--tasks: cannot be scored: KeyError: 'gold'")
+
+    monkeypatch.setattr("search.tasks.score_tasks", broken)
+    dense = Finalist("dense", Policy(), True, 1, 1, 1, 1, 1, 1, 1, False, 10)
+    config = RunConfig(latency="1x", tasks=(str(task(tmp_path)),))
+    loaded, corpora = SimpleNamespace(digest="d", tokenizer=None), {"calibrate": SimpleNamespace(sha256="c")}
+    session = SimpleNamespace(
+        config=config,
+        loaded=loaded,
+        corpora=corpora,
+        steps=Steps(tmp_path / "steps"),
+        progress=Progress(quiet=True),
+        model=None,
+    )
+    session.switch = SimpleNamespace(edits=lambda _: None)
+    found, notes = _with_tasks(session, SimpleNamespace(edits=lambda _: {}), [dense], dense)  # type: ignore[arg-type]
+    assert found == [dense] and not (tmp_path / "steps").exists()
+    assert notes == (
+        "no scores of tasks: --tasks: cannot be scored: KeyError: 'gold'; the same command tries them again, all else is kept",
+    )
+
+
+def test_tasks_are_loaded_before_anything_is_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepared(*_: object) -> None:
+        raise AssertionError("prepared for tasks that cannot be loaded")
+
+    monkeypatch.setattr("search.run.prepare_study", prepared)
+    path = task(tmp_path)
+    (tmp_path / "data.jsonl").unlink()
+    config = RunConfig(
+        model=str(save_tiny(tmp_path / "model")), latency="1x", tasks=(str(path),), results=str(tmp_path / "results")
+    )
+    with pytest.raises(TaskError, match="cannot be loaded: FileNotFoundError"):
+        run_study(config, Progress(quiet=True))
