@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Iterator, Sequence
@@ -189,13 +190,14 @@ class Tasks:
     """Tasks that were found, and whose code, if they have any, is trusted.
 
     names: those that lm-eval knows itself; files: of the user; folders: where groups look for their members; texts: what the scores
-    depend on.
+    depend on; own: whether nothing but the files is needed, none of lm-eval's own.
     """
 
     names: tuple[str, ...]
     files: tuple[TaskFile, ...]
     folders: tuple[str, ...]
     texts: tuple[str, ...]
+    own: bool
 
 
 def find_tasks(tasks: Sequence[str], trust: bool = False) -> Tasks:
@@ -212,12 +214,15 @@ def find_tasks(tasks: Sequence[str], trust: bool = False) -> Tasks:
     for file in used:
         if file.code and not trust:
             raise TaskError(f"--tasks: {file.code}, which would run here; read it, and add --trust-tasks if you trust it")
-    own = {file.name for file in files}
+    given = {file.name for file in files}
+    known = tuple(name for name in names if name not in given)
+    beside_names = {name for file in used for name in file.names}
     return Tasks(
-        tuple(name for name in names if name not in own),
+        known,
         tuple(files),
         tuple(sorted({str(file.path.parent.resolve()) for file in used if file.group})),
         (*names, *(text for file in used for text in file.texts)),
+        not known and all(name in beside_names for file in used for name in file.members),
     )
 
 
@@ -259,14 +264,7 @@ def load_tasks(tasks: Tasks) -> None:
 
 def _specs(tasks: Tasks) -> tuple[list[Any], Any]:
     """What lm-eval's manager loads, and the manager."""
-    from lm_eval.tasks import TaskManager
-
-    try:
-        manager = TaskManager(include_path=list(tasks.folders) or None)
-    except TypeError:  # it sorts the names of all files in the folders
-        raise TaskError(
-            f"--tasks: in {', '.join(tasks.folders)} is a file whose task: is a number or a truth value to YAML; write it in quotes"
-        ) from None
+    manager = _manager(tasks.folders, not tasks.own)
     unknown = [name for name in tasks.names if name not in manager.all_tasks]
     if unknown:
         raise TaskError(
@@ -275,6 +273,19 @@ def _specs(tasks: Tasks) -> tuple[list[Any], Any]:
     with _errors("cannot be loaded"):
         # A group goes by its name: lm-eval hands what a dictionary says of it down to its members, their names too.
         return [*tasks.names, *(file.name if file.group else file.values() for file in tasks.files)], manager
+
+
+@functools.cache
+def _manager(folders: tuple[str, ...], known: bool) -> Any:
+    """lm-eval's manager of the tasks in folders and, where `known`, of its own: it reads thousands of files for those."""
+    from lm_eval.tasks import TaskManager
+
+    try:
+        return TaskManager(include_path=list(folders) or None, include_defaults=known)
+    except TypeError:  # it sorts the names of all files in the folders
+        raise TaskError(
+            f"--tasks: in {', '.join(folders)} is a file whose task: is a number or a truth value to YAML; write it in quotes"
+        ) from None
 
 
 def score_tasks(model: nn.Module, tokenizer: Any, tasks: Tasks, limit: int) -> dict[str, dict[str, float]]:

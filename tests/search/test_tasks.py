@@ -178,6 +178,7 @@ def test_a_group_and_a_name_beside_it_are_found(tmp_path: Path) -> None:
     task(tmp_path, "inner", "inner.yaml")
     (tmp_path / "group.yaml").write_text("group: outer\ntask: [inner]\n")
     group = find_tasks([str(tmp_path / "group.yaml")])
+    assert group.own and not find_tasks(["arc_easy", str(tmp_path / "group.yaml")]).own
     load_tasks(group)
     assert set(score_tasks(tiny_model("llama"), tiny_tokenizer(), group, 1)) >= {"inner"}
     assert [file.name for file in find_tasks(["inner", str(tmp_path / "group.yaml")]).files] == ["outer", "inner"]
@@ -228,7 +229,10 @@ def test_a_task_is_loaded_and_not_only_named(tmp_path: Path, broken: tuple[str, 
     assert "\n" not in str(error.value)
 
 
-def test_an_unknown_name_is_said_with_the_way_out() -> None:
+def test_an_unknown_name_is_said_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "search.tasks._manager", lambda folders, known: SimpleNamespace(all_tasks=["arc_easy"] if known else [])
+    )
     with pytest.raises(TaskError, match=r"does not know x0, x1, x2, x3, x4, x5 and 14 more; `lm-eval ls tasks`"):
         load_tasks(find_tasks([f"x{i}" for i in range(20)]))
 
