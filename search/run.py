@@ -82,7 +82,7 @@ def settled(config: RunConfig, prepared: Prepared, progress: Progress) -> RunCon
     """The configuration with a latency in place of `auto`, which is kept as what the study asks."""
     if not config.objective.auto:
         return config
-    chosen = replace(config, latency=binding(under(prepared, config.objectives)))
+    chosen = replace(config, latency=binding(prepared if config.objectives.sizes else prepared.fast))
     progress.say(f"--latency auto: {chosen.latency} of the dense model's, where no single format is best on this machine")
     save_config(chosen)
     return chosen
