@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from search import machines
 from search.config import ConfigError, add_flags, default_cache, from_arguments
-from search.endings import Parser, Terminated, one_line, stopped_by_term
+from search.endings import Parser, Terminated, Version, one_line, stopped_by_term
 from search.memory import out_of_memory
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def _quiet_libraries() -> None:
     """Libraries' own chatter does not belong between our lines; our warnings do."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
     chatty = "transformers optuna lm_eval compressed_tensors torchao autoround matplotlib torch.utils._pytree"
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="search",
         description="Search how to compress a language model so that it really meets a latency objective on a machine.",
     )
+    parser.add_argument("--version", action=Version, nargs=0, help="the version, and the revision of a git checkout")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,6 @@ from methods.apply import Installer
 from methods.method import Edit
 from methods.model.head import check_projection, final_hidden, project
 from methods.model.structure import Structure
-from methods.model.tokenizer import checked_ids
 from methods.policy import DENSE, Decision, Policy
 
 if TYPE_CHECKING:
@@ -228,57 +226,3 @@ def first_not_finite(model: nn.Module, structure: Structure, tokens: Tensor) -> 
 def _parts(n: int) -> Iterator[slice]:
     for start in range(0, n, _CHUNK):
         yield slice(start, min(start + _CHUNK, n))
-
-
-class TaskError(ValueError):
-    """A task that lm-eval does not know or cannot load."""
-
-
-def lm_eval_tasks(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int) -> dict[str, dict[str, float]]:
-    """Scores of lm-eval tasks (see `find_tasks`), on the first `limit` examples of each, 0 for all.
-
-    Returns task -> metric -> value, standard errors as `metric_stderr`.
-    """
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    names, manager = find_tasks(tasks)
-    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
-    with checked_ids(model, tokenizer, "--tasks: their text"):
-        result = simple_evaluate(model=adapter, tasks=names, limit=limit or None, task_manager=manager, log_samples=False)
-    return {
-        name: {
-            metric.split(",")[0]: float(value)
-            for metric, value in scores.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and metric != "sample_len"
-        }
-        for name, scores in result["results"].items()
-    }
-
-
-def find_tasks(tasks: Sequence[str]) -> tuple[list[str], Any]:
-    """Names and lm-eval's task manager for tasks that lm-eval knows or that YAML files define (their folders are searched too).
-
-    Raises TaskError with the files that are not there and the names that are not known.
-    """
-    files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
-    missing = [str(path) for path in files if not path.exists()]
-    if missing:
-        raise TaskError(f"--tasks: no such file: {', '.join(missing)}")
-    from lm_eval.tasks import TaskManager
-
-    names = [_task_name(Path(task)) if task.endswith((".yaml", ".yml")) else task for task in tasks]
-    manager = TaskManager(include_path=sorted({str(path.parent.resolve()) for path in files}) or None)
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        raise TaskError(
-            f"--tasks: lm-eval does not know {', '.join(unknown)}; `lm-eval ls tasks` lists them, or give a YAML file"
-        )
-    return names, manager
-
-
-def _task_name(path: Path) -> str:
-    for line in path.read_text().splitlines():
-        if line.startswith("task:"):
-            return line.split(":", 1)[1].strip()
-    raise TaskError(f"--tasks {path}: no `task:` line names the task")

@@ -32,6 +32,7 @@ from profilers.sweep import torch_threads
 from profilers.table import LatencyTable
 from profilers.target import Target
 from search.config import ConfigError, RunConfig, default_cache
+from search.files import check_new_folder, check_place
 from search.finalists import Judge
 from search.fit import continuation_notes
 from search.in_order import compress_in_order, ordered_bank, stored
@@ -161,6 +162,7 @@ def materialize(policy: Path, out: Path, config: RunConfig, study: Path | None, 
     With a study, the weights that it judged are used, bit for bit; otherwise sites are compressed here, calibrated on `config`'s text, and
     in order on the compressed prefix. Simulated methods are as good as any here.
     """
+    check_new_folder(out, "--out")
     if study is not None:
         config = replace(saved_config(study), cache=config.cache)
     else:
@@ -234,6 +236,8 @@ def export_study(
     from search.deliver import checkpoint_folder, export_answer, policy_file_of
     from search.folder import check_same
 
+    if out is not None:
+        check_place(out, "--out", folder=True)
     source, item = measured_policy(folder, answer, wanted)
     config = replace(saved_config(folder), study=folder.name, results=str(folder.parent))
     session = Session(config, progress)

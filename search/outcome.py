@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.config import RunConfig
 from search.prepared import Prepared
+from spaces.runtimes import runtime
 
 if TYPE_CHECKING:
     from search.explore import Truth
@@ -90,6 +91,10 @@ def notes_of(
             f"latency is of this project's kernels on {session.target.name}; it was not measured in {config.runtime}, "
             "whose own kernels differ"
         )
+        if not any(family.fused for family in runtime(config.runtime).loads or ()):
+            notes.append(
+                f"{config.runtime} decodes these weights before it computes, so that they save memory there and no time"
+            )
     return notes
 
 

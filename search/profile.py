@@ -18,6 +18,7 @@ from profilers.runtime import dense_candidates
 from profilers.table import KernelKey, LatencyTable, Row
 from profilers.target import Target
 from search.config import ConfigError, RunConfig
+from search.files import check_place
 from search.progress import Progress
 from search.session import Session
 
@@ -52,6 +53,8 @@ def profile(
     path = Path(out) if out else None
     if path is not None and path.suffix != ".parquet":
         raise ConfigError(f"--out {out}: a table is stored as NAME.parquet, NAME being what --target will say")
+    if path is not None:
+        check_place(path, "--out")
     target = local(config.target, config.threads or None)
     folder = config.cache_folder / "tables"
     table = LatencyTable.open(folder, target)

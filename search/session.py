@@ -19,7 +19,7 @@ from methods.model.tokenizer import check_ids
 from methods.policy import DENSE, Decision, Policy
 from predictors.absent import Elsewhere
 from profilers.cells import site_cells
-from profilers.kernels.catalogue import refusals, supported
+from profilers.kernels.catalogue import supported, why_none
 from profilers.kv_cache import new_cache
 from profilers.resolution import resolve
 from profilers.runtime import Runtime
@@ -27,7 +27,8 @@ from profilers.table import KernelKey, LatencyTable
 from profilers.target import Target, local_cpu
 from profilers.workload import Workload
 from search.config import RunConfig, device_folders
-from search.data import ROLES, SHIPPED, Corpus, generate_tokens, parse_sources, roles_from_text, roles_from_tokens
+from search.data import ROLES, Corpus, generate_tokens, parse_sources, roles_from_text, roles_from_tokens
+from search.documents import SHIPPED
 from search.evaluate import Switch
 from search.files import Steps, content_key, kept_tensors
 from search.fit import sequence_length, sequence_notes, workload_notes
@@ -117,8 +118,7 @@ class Session:
                 return self.absent_reason(site, fmt)
             if supported(fmt, cell.n, cell.k, cell.m, self.target):
                 return None
-            reasons = refusals(fmt, cell.n, cell.k, cell.m, self.target)
-            return "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:2])
+            return why_none(fmt, cell.n, cell.k, cell.m, self.target)
 
         structure = self.loaded.structure
         with self.progress.busy("finding the kernels, compiled where they are not yet"):

@@ -19,7 +19,7 @@ from methods.model.left_out import left_out, nothing_hidden
 from methods.model.quiet import quiet
 from methods.model.settings import settle_
 from methods.model.structure import Structure
-from methods.model.tokenizer import beyond_embedding, read_tokenizer
+from methods.model.tokenizer import TOKENIZER_FILES, beyond_embedding, read_tokenizer
 from methods.model.weight_files import LoadError, headers, stored_dtype, weight_files
 from methods.model.weights import digest_of, not_finite
 
@@ -116,12 +116,48 @@ def _from_hub(name: str, log: Callable[[str], None]) -> Path:
     log(f"fetching {name} from the hub, unless it is cached")
     try:
         with quiet():
-            return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+            return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"]))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
+        folder = _cached(name)
+        missing = "" if folder is None else missing_files(folder)
+        if folder is not None and not missing:
+            log(f"the hub does not give {name} ({type(error).__name__}): taken from its cache, {folder}")
+            return folder
+        if missing:
+            raise LoadError(
+                f"{name}: the hub does not give it ({type(error).__name__}), and its cache {folder} lacks {missing}; "
+                "fetch it where there is a network"
+            ) from error
         raise LoadError(
             f"{name}: no local folder of that name, and the hub does not give it ({type(error).__name__}); "
             "check the name and the network, or give a folder, a .gguf file or package:NAME"
         ) from error
+
+
+def _cached(name: str) -> Path | None:
+    """The snapshot that the hub's cache has of a model's main revision, complete or not, whoever put it there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name of a repository
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def missing_files(folder: Path) -> str:
+    """What a snapshot lacks to be a model, "" where it lacks nothing: other tools fetch other files, and some list more than they fetch."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return index.name
+    found = {path.name for path in folder.iterdir() if path.is_file()}
+    if lacking := sorted(map(str, shards - found)):
+        return f"{lacking[0]} ({len(lacking)} of {len(shards)} files of weights)"
+    if not any(name.endswith(".safetensors") for name in found):
+        return "weights as safetensors"
+    return "" if found & set(TOKENIZER_FILES) else "a tokenizer"
 
 
 def _from_folder(folder: Path, source: str, label: str, notes: tuple[str, ...]) -> LoadedModel:

@@ -14,6 +14,7 @@ from methods.model.load import MARKER
 from methods.model.positions import learned_positions
 from methods.model.tokenizer import n_embeddings
 from search.export.registry import exporter
+from search.files import check_new_folder
 
 if TYPE_CHECKING:
     from methods.model.load import LoadedModel
@@ -36,9 +37,10 @@ def export_checkpoint(folder: Path, name: str, out: Path) -> Verification:
     """Exports a compressed checkpoint to the format `name` in `out`, loads that back and compares it with the checkpoint's weights.
 
     Raises ValueError for what the format cannot express and where the loaded model is another, CorruptCheckpoint as
-    `methods.checkpoint.read` does, FileExistsError where `out` holds something.
+    `methods.checkpoint.read` does, ConfigError where `out` holds something or nothing can be written there.
     """
     module = exporter(name)
+    check_new_folder(out, "--out")
     stored, loaded = checkpoint.read(folder), checkpoint.load_dense(folder)
     module.export(out, loaded, policy_file.parse(stored.policy_text, loaded.structure), stored.edits)
     with Installer(loaded.model, loaded.structure) as installer:
