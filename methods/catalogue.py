@@ -76,12 +76,12 @@ MODEL_METHODS: Mapping[str, ModelMethod] = {method.name: method for method in (Q
 
 
 def method(name: str) -> Recipe:
-    """The method of a name; raises ValueError with the names there are."""
+    """The method of a name; raises ValueError with the nearest names there are."""
     if name in METHODS:
         return METHODS[name]
-    near = difflib.get_close_matches(name, METHODS, 1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    raise ValueError(f"no method {name!r}{hint}; there are {', '.join(METHODS)}")
+    near = difflib.get_close_matches(name, METHODS, 3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(f"no method {name!r}{hint} (`search methods` lists all {len(METHODS)})")
 
 
 def model_method(name: str) -> ModelMethod:

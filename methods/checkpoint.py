@@ -27,6 +27,7 @@ from methods.model.describe import describe
 from methods.model.experts import unfuse_experts
 from methods.model.load import MARKER, LoadedModel
 from methods.model.quiet import quiet
+from methods.model.settings import settle_, untie_
 from methods.model.structure import Structure
 from methods.model.tokenizer import read_tokenizer, write_tokenizer
 from methods.model.weights import digest_of
@@ -126,6 +127,8 @@ def write(
         "sites": {name: _site_entry(edit) for name, edit in sorted(edits.items())},
         "meta": plain(meta or {}, "meta"),
     }
+    if loaded.left_out:
+        marker["left_out"] = loaded.left_out
     with atomic.new_folder(folder) as staging:
         loaded.model.config.save_pretrained(staging)
         write_tokenizer(loaded.tokenizer, staging)
@@ -212,13 +215,17 @@ def load_dense(folder: Path) -> LoadedModel:
     stored = read(folder)
     model, tokenizer = _build(folder)
     structure = describe(model, stored.dtype)
+    head = stored.tensors.get(f"{structure.head}.weight")
+    if structure.tied and head is not None:  # a tied head is never stored, whatever the configuration says
+        structure = untie_(model, structure, head.float())
+    settle_(model)
     if structure_digest(structure) != stored.marker["structure"]:
         raise CorruptCheckpoint(f"{folder}: this version sees another structure in the model than the one that wrote it did")
     model.load_state_dict(_dense_state(stored, structure), strict=True)
-    notes = (f"weights decoded from {len(stored.edits)} compressed sites",)
-    return LoadedModel(
-        model, tokenizer, structure, str(folder.resolve()), folder.resolve().name, digest_of(model, "fp32"), notes
-    )
+    left_out = str(stored.marker.get("left_out", ""))
+    notes = (f"weights decoded from {len(stored.edits)} compressed sites", *([left_out] if left_out else []))
+    digest = digest_of(model, "fp32")
+    return LoadedModel(model, tokenizer, structure, str(folder.resolve()), folder.resolve().name, digest, notes, left_out)
 
 
 def _build(folder: Path) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from methods.locks import try_lock
 from profilers import clocks
-from profilers.kernels.build import NoCompiler, compiled_for, compiler, kernel_folder
+from profilers.kernels.build import MISSING, NoCompiler, compiled_for, compiler, kernel_folder
 from profilers.pace import SLOW, pace_of
 from profilers.sweep import load_average, torch_threads
 from profilers.target import Target, local_cpu, local_cuda, physical_cores
@@ -71,7 +71,7 @@ def _load(cores: int) -> Finding:
 
 def _kernels() -> Iterator[Finding]:
     path = compiler()
-    yield Finding("compiler", path is not None, path or "none; install g++ or clang++, or set CXX")
+    yield Finding("compiler", path is not None, path or MISSING)
     if path is not None:
         try:
             yield Finding("kernels", True, f"compiled for {compiled_for()}")

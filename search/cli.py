@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 import warnings
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from search import machines
 from search.config import ConfigError, add_flags, default_cache, from_arguments
-from search.endings import Parser, Terminated, interrupted, one_line, stopped_by_term
+from search.endings import Parser, Terminated, Version, interrupted, one_line, stopped_by_term
+from search.files import plain
 from search.memory import out_of_memory
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def _quiet_libraries() -> None:
     """Libraries' own chatter does not belong between our lines; our warnings do."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s", stream=sys.stderr)
     chatty = "transformers optuna lm_eval compressed_tensors torchao autoround matplotlib torch.utils._pytree"
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="search",
         description="Search how to compress a language model so that it really meets a latency objective on a machine.",
     )
+    parser.add_argument("--version", action=Version, nargs=0, help="the version, and the revision of a git checkout")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -161,24 +163,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _print(value: dict[str, Any] | list[Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(_plain(value), indent=1))
+        print(json.dumps(plain(value), indent=1))
     elif isinstance(value, dict):
         for name, text in value.items():
             print(f"{name}: {text}")
     else:
         for row in value:
             print(row)
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no nan."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _print_answer(folder: Path, answer: Answer, as_json: bool) -> None:
@@ -189,7 +180,7 @@ def _print_answer(folder: Path, answer: Answer, as_json: bool) -> None:
     data = saved_report(folder, answer.objective)
     if as_json:
         told = {"answer": answer.to_json(), "measured": json_rows(data.measured), "folder": str(folder)}
-        print(json.dumps(_plain(told), indent=1))
+        print(json.dumps(plain(told), indent=1))
         return
     said = [*words(data), *(f"note: {note}" for note in data.notes)]
     print(f"{measured_text(data)}\n\n{wrapped(said)}\nreport: {folder / 'report.html'}")
@@ -211,7 +202,7 @@ def _frontier(arguments: argparse.Namespace) -> int:
     if arguments.out:
         write_picture(data, Path(arguments.out))
     if arguments.json:
-        print(json.dumps(_plain(json_rows(data.measured)), indent=1))
+        print(json.dumps(plain(json_rows(data.measured)), indent=1))
     else:
         sys.stdout.write(csv_text([entry.candidate for entry in data.measured]))
     return 0
@@ -243,7 +234,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.out:
         write_comparison(studies, Path(arguments.out))
     if arguments.json:
-        print(json.dumps(_plain({"policies": table.json(), "cautions": notes}), indent=1))
+        print(json.dumps(plain({"policies": table.json(), "cautions": notes}), indent=1))
         return 0
     print(table.text())
     for note in notes:
@@ -271,7 +262,7 @@ def _runtimes(arguments: argparse.Namespace) -> int:
 def _printed(run: Callable[[argparse.Namespace], machines.Shown]) -> machines.Run:
     def command(arguments: argparse.Namespace) -> int:
         found = run(arguments)
-        print(json.dumps(_plain(found.value), indent=1) if arguments.json else found.text)
+        print(json.dumps(plain(found.value), indent=1) if arguments.json else found.text)
         return found.status
 
     return command
@@ -303,7 +294,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     )
     check_same(session, prepared)
     result = explain(folder, answer, session, prepared, arguments.by, arguments.layer)
-    print(json.dumps(_plain(asdict(result)), indent=1) if arguments.json else text(result))
+    print(json.dumps(plain(asdict(result)), indent=1) if arguments.json else text(result))
     return 0
 
 
@@ -337,10 +328,12 @@ def _generate(arguments: argparse.Namespace) -> int:
     folder, threads = _checkpoint(Path(arguments.checkpoint)), arguments.threads or None
     result = generate(folder, arguments.prompt, arguments.tokens, threads, arguments.on)
     if arguments.json:
-        print(json.dumps(_plain(vars(result)), indent=1))
+        print(json.dumps(plain(vars(result)), indent=1))
     else:
         print(arguments.prompt + result.text)
         sys.stderr.write(f"{result.n_tokens} tokens, {result.ms_per_token:.1f} ms each ({result.kernels})\n")
+        for note in result.notes:
+            sys.stderr.write(f"note: {note}\n")
         for reason, sites in result.simulated.items():
             sys.stderr.write(
                 f"note: {len(sites)} sites are simulated ({reason}): they run decoded, as dense ones, not at the format's speed, "
@@ -390,7 +383,7 @@ def _export(arguments: argparse.Namespace) -> int:
         answer = saved_answer(folder, arguments.objective)
         path, check = export_study(folder, answer, arguments.format, out, Progress(), arguments.candidate or "best")
     if arguments.json:
-        print(json.dumps(_plain({"folder": str(path), **vars(check)}), indent=1))
+        print(json.dumps(plain({"folder": str(path), **vars(check)}), indent=1))
     else:
         print(f"{path}: {check.summary}")
     return 0

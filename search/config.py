@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import os
 import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from methods.catalogue import model_method
+from methods.catalogue import method, model_method
+from methods.formats.format import parse_format
 from methods.policy import Decision
 from profilers.datasheets import DEVICE_TABLES
 from profilers.duration import parse_duration
 from profilers.workload import Workload
 from search.objectives import BYTES, TIMES, Objective, Objectives, parse_workloads
+from spaces.runtimes import RUNTIMES
+from spaces.space import parsed_method
 
 
 class ConfigError(ValueError):
@@ -65,10 +69,10 @@ class RunConfig:
     workload: str | tuple[str, ...] = _option(
         ["decode:batch=1,context=512"], "decode:batch=B,context=C or prefill:batch=B,prompt=P; may be repeated", metavar="W"
     )
-    runtime: Literal["isolatency", "vllm", "llama.cpp"] = _option(
+    runtime: str = _option(
         "isolatency",
         "engine the result is for; restricts the formats to what it loads",
-        choices=("isolatency", "vllm", "llama.cpp"),
+        choices=tuple(RUNTIMES),
     )
     formats: tuple[str, ...] = _option([], "number formats, comma separated; default: what the runtime runs", metavar="F,F,…")
     methods: tuple[str, ...] = _option(
@@ -87,7 +91,7 @@ class RunConfig:
         "or generated: the model writes its own",
         metavar="SRC",
     )
-    sequence: int = _option(512, "tokens of a sequence")
+    sequence: int = _option(512, "tokens of a sequence, at most as many as the model has positions")
     calibration_tokens: int = _option(8192, "tokens of calibration; at least 5 times the widest layer's inputs is safe")
     search_tokens: int = _option(4096, "tokens on which candidates are compared")
     validation_tokens: int = _option(4096, "tokens on which finalists are chosen, and as many again for the report")
@@ -102,6 +106,7 @@ class RunConfig:
         [], "lm-eval tasks for the answer and the dense model: names or YAML files", metavar="T,T,…"
     )
     limit: int = _option(0, "examples of each task; 0: all")
+    trust_tasks: bool = _option(False, "let YAML files of --tasks run the Python functions that they name")
     devices: str = _option(
         "", "folder of latency tables from other machines; results/devices is always looked into", metavar="DIR"
     )
@@ -123,11 +128,13 @@ class RunConfig:
         for name in ("sequence", "calibration_tokens", "search_tokens", "validation_tokens", "finalists"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: must be at least 1")
+        if self.sequence < 2:
+            raise ConfigError(f"--sequence {self.sequence}: a loss needs at least 2, a token to read and one to predict")
         for name in ("evaluations", "tokens", "limit", "threads", "max_kl"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{_flag(name)} {getattr(self, name)}: must not be negative")
-        if self.runtime not in ("isolatency", "vllm", "llama.cpp"):
-            raise ConfigError(f"--runtime {self.runtime!r}: use isolatency, vllm or llama.cpp")
+        if self.runtime not in RUNTIMES:
+            raise ConfigError(f"--runtime {self.runtime!r}: use one of {', '.join(RUNTIMES)}")
         if self.budget:
             _parsed(parse_duration, self.budget)
         if isinstance(self.workload, str):
@@ -135,6 +142,21 @@ class RunConfig:
         if tuple(self.data) == ("generated",):  # one way to write it: studies from before there was a shipped text have none
             object.__setattr__(self, "data", ())
         _ = self.transform_decision, self.stated_workloads, self._asked
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Raises ConfigError for formats and methods that nothing has ever heard of, before a model is loaded for them."""
+        for name in self.formats:
+            try:
+                parse_format(name)
+            except ValueError as error:
+                raise ConfigError(f"--formats {name}: {error}") from None
+        for name in self.methods:
+            try:
+                decision = parsed_method(name)
+                method(decision.method).resolve({**dict(decision.knobs), "format": "bf16"})
+            except ValueError as error:
+                raise ConfigError(f"--methods {name}: {error}") from None
 
     @property
     def transform_decision(self) -> Decision | None:
@@ -142,12 +164,12 @@ class RunConfig:
         if self.transform == "none":
             return None
         try:
-            decision = Decision.parse(self.transform.replace(":", ",").replace(",", ":", 1))
-            method = model_method(decision.method)
-            method.resolve(dict(decision.knobs))
+            decision = parsed_method(self.transform)
+            whole = model_method(decision.method)
+            whole.resolve(dict(decision.knobs))
         except ValueError as error:
             raise ConfigError(f"--transform {self.transform}: {error}") from None
-        if not method.rotates:
+        if not whole.rotates:
             raise ConfigError(f"--transform {self.transform}: changes no weight of the model; use quarot or spinquant")
         return decision
 
@@ -258,7 +280,10 @@ def from_arguments(arguments: argparse.Namespace) -> RunConfig:
     """Defaults, then the TOML file, then the flags."""
     values: dict[str, Any] = {}
     if getattr(arguments, "config", None):
-        values.update(read_toml(Path(arguments.config)))
+        try:
+            values.update(read_toml(Path(arguments.config)))
+        except ConfigError as error:
+            raise ConfigError(f"--config {error}") from None
     for item in dataclasses.fields(RunConfig):
         if hasattr(arguments, item.name):
             values[item.name] = getattr(arguments, item.name)
@@ -280,15 +305,16 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         data = tomllib.loads(path.read_text())
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
+        raise ConfigError(f"{path}: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"--config {path}: not TOML: {error}") from None
+        raise ConfigError(f"{path}: not TOML: {error}") from None
     known = {item.name: item for item in dataclasses.fields(RunConfig)}
     values: dict[str, Any] = {}
     for name, value in data.items():
         key = _RENAMED.get(name, name.replace("-", "_"))
         if key not in known:
-            raise ConfigError(f"--config {path}: unknown name {name!r}; known: {', '.join(sorted(known))}")
+            near = difflib.get_close_matches(key, known, 3) or sorted(known)[:6]
+            raise ConfigError(f"{path}: unknown name {name!r}; names are those of the flags, such as {', '.join(near)}")
         typed = _typed(path, name, value, str(known[key].type))
         values[key] = (typed,) if key in _REPEATED and isinstance(typed, str) else typed
     return values
@@ -301,7 +327,7 @@ def _typed(path: Path, name: str, value: Any, annotation: str) -> Any:
         return float(value)
     if type(value) is {"int": int, "float": float, "bool": bool}.get(annotation, str):
         return value
-    raise ConfigError(f"--config {path}: {name} = {value!r} is not {annotation}")
+    raise ConfigError(f"{path}: {name} = {value!r} is not {annotation}")
 
 
 def to_toml(config: RunConfig) -> str:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from search.results import Answer
     from search.session import Session
 
+COMPARED = 64
+"""Tokens on which the loss of an export is compared, where the text has so many: that of one or two tells noise."""
+
 
 def policy_file_of(session: Session, prepared: Prepared, item: Finalist, answer: Answer) -> Any:
     """The policy with everything that was measured of it."""
@@ -124,9 +127,15 @@ def export_answer(
     switch: Switch = session.switch
     switch.edits(edits)
     with session.progress.busy(f"loading the {name} export back"):
-        check = module.verify(folder, session.model, session.corpora["report"].tokens[:1] if ids is None else ids)
+        tokens = compared(session.corpora["report"].tokens) if ids is None else ids
+        check = module.verify(folder, session.model, tokens)
     switch.dense()
     if not check.ok:
         raise ValueError(f"export {folder}: what stock runtimes load is not what was evaluated: {check.message}")
     session.progress.say(f"exported {folder}: {check.summary}")
     return check
+
+
+def compared(tokens: Tensor) -> Tensor:
+    """The first sequences (n, length) of a text (n_sequences, length), together `COMPARED` tokens or more."""
+    return tokens[: -(-COMPARED // tokens.shape[1])]

@@ -17,13 +17,13 @@ from search.explore import FIRST_STAGE, N_SIMPLE
 from search.files import Steps
 from search.folder import study_key
 from search.foresee import foreseen
+from search.limits import Unreachable
 from search.prepare import PROBES, priced
 from search.prepared import Prepared
 from search.pricing import priced_sites, table_keys
 from search.progress import Progress
 from search.reach import kernels_alone, reachable
 from search.report.content import mebibytes
-from search.run import Unreachable
 from search.session import Session
 from search.whole_model import MIXED_RUNS, assume_map
 
@@ -63,6 +63,7 @@ def _known(config: RunConfig, target: Target) -> LatencyTable:
 
 
 def _planned(config: RunConfig, session: Session, decision: Decision | None, note: str) -> dict[str, Any]:
+    notes = (*session.stored.notes, *session.fit_notes)
     space = session.space
     keys = table_keys(session)
     target = session.target
@@ -97,6 +98,7 @@ def _planned(config: RunConfig, session: Session, decision: Decision | None, not
         "feasibility": _feasible(config, session, table, keys),
         "time": words(seconds(config, structure, counts, physical_cores())),
         "memory": f"{memory}; estimated from counts",
+        **({"notes": "; ".join(notes)} if notes else {}),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the program with status 2."""
         self.exit(2, f"search: {message}; see `{self.prog} --help`\n")
+
+
+class Version(argparse.Action):
+    """Prints the version and ends the program: found out only where it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        """Ends the program with status 0."""
+        from search.environment import version
+
+        sys.stdout.write(f"{version()}\n")
+        parser.exit()
 
 
 class Terminated(KeyboardInterrupt):

@@ -23,6 +23,16 @@ def environment(target: Target) -> dict[str, str]:
     return found | ({"revision": revision} if revision else {})
 
 
+def version() -> str:
+    """`isolatency 0.1.0`, with the revision where the code lies in git."""
+    try:
+        number = importlib.metadata.version("isolatency")
+    except importlib.metadata.PackageNotFoundError:
+        number = "not installed"
+    revision = _revision(Path(__file__).resolve().parent.parent)
+    return f"isolatency {number}{f' ({revision})' if revision else ''}"
+
+
 def _revision(folder: Path) -> str:
     """`abcdef123456`, or `abcdef123456-dirty`; empty where there is no repository, or no git to ask."""
     if not (folder / ".git").exists():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,6 +71,10 @@ def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     return sum(differences) / len(differences), stderr(differences)
 
 
+class NotFinite(ArithmeticError):
+    """A policy under which the model computes no number; says in which layer that begins."""
+
+
 class Switch:
     """The one owner of what is installed in a model: a policy from the bank, loose edits, or nothing."""
 
@@ -117,7 +120,10 @@ class Evaluator:
     def evaluate(
         self, policy: Policy, n_sequences: int | None = None, progress: Callable[[int, int], None] | None = None
     ) -> Quality:
-        """Quality on the first `n_sequences` (default: all); sequences done before are not run again."""
+        """Quality on the first `n_sequences` (default: all); sequences done before are not run again.
+
+        Raises NotFinite where the model computes NaN or infinity.
+        """
         n = min(n_sequences or len(self.tokens), len(self.tokens))
         self._need_dense(n)
         done = self._done.setdefault(policy.key(), [])
@@ -142,7 +148,10 @@ class Evaluator:
     def evaluate_edits(
         self, edits: Mapping[str, Edit], progress: Callable[[int, int], None] | None = None, n_sequences: int | None = None
     ) -> Quality:
-        """Quality of a model given by its edits rather than by a policy in the bank (finalists, loaded checkpoints)."""
+        """Quality of a model given by its edits rather than by a policy in the bank (finalists, loaded checkpoints).
+
+        Raises NotFinite where the model computes NaN or infinity.
+        """
         n = min(n_sequences or len(self.tokens), len(self.tokens))
         self._need_dense(n)
         self._switch.edits(edits)
@@ -180,7 +189,11 @@ class Evaluator:
     def _sequence(self, index: int) -> tuple[float, float, float]:
         with torch.inference_mode():
             hidden = final_hidden(self._model, self.tokens[index : index + 1])[0]
-            return self._compare(index, lambda part: project(self._model, self._structure, hidden[part]))
+            found = self._compare(index, lambda part: project(self._model, self._structure, hidden[part]))
+        if not all(map(math.isfinite, found)):
+            where = first_not_finite(self._model, self._structure, self.tokens[index : index + 1])
+            raise NotFinite(f"the model computes NaN or infinity from {where} on")
+        return found
 
     def _compare(self, index: int, logits_of: Callable[[slice], Tensor]) -> tuple[float, float, float]:
         """(KL from dense, negative log-likelihood, share of dense's likeliest tokens), means over the sequence's positions and targets."""
@@ -201,59 +214,27 @@ class Evaluator:
         return kl / len(ids), nll / (len(ids) - 1), same / len(ids)
 
 
+def first_not_finite(model: nn.Module, structure: Structure, tokens: Tensor) -> str:
+    """The first linear, in the order of computation, whose output for tokens (b, t) holds NaN or infinity; else `the output head`."""
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            if not found and not bool(output.isfinite().all()):
+                found.append(name)
+
+        return hook
+
+    handles = [model.get_submodule(layer.name).register_forward_hook(look(layer.name)) for _, layer in structure.layers()]
+    try:
+        with torch.inference_mode():
+            final_hidden(model, tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the output head"
+
+
 def _parts(n: int) -> Iterator[slice]:
     for start in range(0, n, _CHUNK):
         yield slice(start, min(start + _CHUNK, n))
-
-
-class TaskError(ValueError):
-    """A task that lm-eval does not know or cannot load."""
-
-
-def lm_eval_tasks(model: nn.Module, tokenizer: Any, tasks: Sequence[str], limit: int) -> dict[str, dict[str, float]]:
-    """Scores of lm-eval tasks (see `find_tasks`), on the first `limit` examples of each, 0 for all.
-
-    Returns task -> metric -> value, standard errors as `metric_stderr`.
-    """
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
-    names, manager = find_tasks(tasks)
-    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
-    result = simple_evaluate(model=adapter, tasks=names, limit=limit or None, task_manager=manager, log_samples=False)
-    return {
-        name: {
-            metric.split(",")[0]: float(value)
-            for metric, value in scores.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and metric != "sample_len"
-        }
-        for name, scores in result["results"].items()
-    }
-
-
-def find_tasks(tasks: Sequence[str]) -> tuple[list[str], Any]:
-    """Names and lm-eval's task manager for tasks that lm-eval knows or that YAML files define (their folders are searched too).
-
-    Raises TaskError with the files that are not there and the names that are not known.
-    """
-    files = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
-    missing = [str(path) for path in files if not path.exists()]
-    if missing:
-        raise TaskError(f"--tasks: no such file: {', '.join(missing)}")
-    from lm_eval.tasks import TaskManager
-
-    names = [_task_name(Path(task)) if task.endswith((".yaml", ".yml")) else task for task in tasks]
-    manager = TaskManager(include_path=sorted({str(path.parent.resolve()) for path in files}) or None)
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        raise TaskError(
-            f"--tasks: lm-eval does not know {', '.join(unknown)}; `lm-eval ls tasks` lists them, or give a YAML file"
-        )
-    return names, manager
-
-
-def _task_name(path: Path) -> str:
-    for line in path.read_text().splitlines():
-        if line.startswith("task:"):
-            return line.split(":", 1)[1].strip()
-    raise TaskError(f"--tasks {path}: no `task:` line names the task")

@@ -14,7 +14,7 @@ from predictors.features import ChoiceFacts, Features, SiteFacts
 from predictors.loss import Record, fit_loss
 from search.budget import Budget
 from search.config import RunConfig
-from search.evaluate import Evaluator, Quality
+from search.evaluate import Evaluator, NotFinite, Quality
 from search.memory import out_of_memory
 from search.prepared import Prepared
 from search.progress import Progress
@@ -51,7 +51,7 @@ class Ranked:
 class Truth:
     """True evaluations and their record: what any run of the study evaluated is not evaluated again.
 
-    n_new: evaluations of this process; failed: reasons, by policy key, of those that ran out of memory. budget: what is left to spend.
+    n_new: evaluations of this process; failed: reasons, by policy key, of those that ran out of memory or broke. budget: what is left.
     """
 
     def __init__(self, evaluator: Evaluator, store: Store, prepared: Prepared, budget: Budget) -> None:
@@ -80,7 +80,7 @@ class Truth:
     def quality(self, name: str, policy: Policy, n_sequences: int) -> Quality:
         """KL on the first sequences, from the store or measured and stored.
 
-        Infinite where memory ran out: that is a failed trial with its reason, which a later run tries again.
+        Infinite where memory ran out or the model computes no number: a failed trial with its reason, which a later run tries again.
         """
         n = min(n_sequences, self.n_sequences)
         n_tokens, began = n * self.tokens_each, time.monotonic()
@@ -90,11 +90,12 @@ class Truth:
             if policy.key() in self.failed:
                 return _infinite(n, n_tokens)
             quality = self._evaluator.evaluate(policy, n)
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+        except (MemoryError, RuntimeError, NotFinite) as error:
+            if not (isinstance(error, NotFinite) or out_of_memory(error)):
                 raise
             self._evaluator.dense()
-            self.failed[policy.key()] = f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.failed[policy.key()] = reason if isinstance(error, NotFinite) else f"out of memory ({reason})"
             self._store.record_failure(policy, name, ROLE, self.failed[policy.key()])
             return _infinite(n, n_tokens)
         if known is None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from methods.atomic import write_bytes, write_text
+from search.config import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +23,32 @@ def content_key(*parts: Any) -> str:
     """16 hex digits of the SHA-256 of JSON-serialisable parts."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_place(path: Path, flag: str, *, folder: bool = False) -> None:
+    """Raises ConfigError where no file, or no `folder`, could be written at a path, by making and removing a file; leaves nothing.
+
+    Work whose results go there is not begun.
+    """
+    nearest = path
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    try:
+        if (folder or nearest != path) and not nearest.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{nearest} is a file")
+        if nearest == path and not nearest.is_dir() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with tempfile.TemporaryFile(dir=nearest if nearest.is_dir() else nearest.parent):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: nothing can be written there ({error.strerror}); choose another place") from None
+
+
+def check_new_folder(path: Path, flag: str) -> None:
+    """`check_place` for a folder that is to be made; raises ConfigError where something is there already."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{flag} {path}: exists and is not empty; remove it or choose another folder")
+    check_place(path, flag, folder=True)
 
 
 Value = TypeVar("Value")
@@ -78,3 +109,14 @@ class Steps:
     def put(self, name: str, key: str, value: Any) -> None:
         """Keep a step's value."""
         write_text(self.folder / f"{name}.json", json.dumps({"key": key, "value": value}, indent=1))
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: without nan and infinities, keys as text, lists for tuples."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value

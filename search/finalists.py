@@ -14,10 +14,10 @@ from methods.policy import Policy
 from profilers import end_to_end
 from profilers.kernels.catalogue import kernels
 from profilers.label import Label
-from profilers.runtime import Runtime
+from profilers.runtime import Runtime, dense_candidates
 from profilers.table import LatencyTable
 from profilers.workload import Workload
-from search.evaluate import Evaluator, Quality, paired
+from search.evaluate import Evaluator, NotFinite, Quality, paired
 from search.explore import Ranked
 from search.files import content_key
 from search.folder import study_key
@@ -113,23 +113,6 @@ class Finalist:
         return cls(**{**data, "policy": policy, "kl_each": tuple(data["kl_each"]), "met": met})
 
 
-def told_of(
-    finalist: Finalist, asked: Sequence[Met], objective: str, main_limit_ms: float | None
-) -> tuple[tuple[str, bool | None], ...]:
-    """By what was asked for, whether a policy meets it.
-
-    asked: of a policy that was measured for it; objective: its text where that says nothing, as in earlier versions; main_limit_ms: where
-    the policy was measured for something else, so that of the times only the main one is known of it.
-    """
-    names = [met.name for met in asked] or [objective]
-    texts = [name.partition(" (")[0] for name in names]  # the workload only where the same is asked of several
-    shown = [name if texts.count(text) > 1 else text for name, text in zip(names, texts, strict=True)]
-    known: list[bool | None] = [met.met for met in finalist.met] or [finalist.meets]
-    if main_limit_ms is not None:
-        known = [finalist.hi_ms <= main_limit_ms, *([None] * (len(names) - 1))]
-    return tuple(zip(shown, known, strict=True))
-
-
 DENSE_NAME = "dense"
 
 Edits = Mapping[str, Edit]
@@ -199,8 +182,7 @@ def _runs(
     engine = session.engine(table, workload)
     models: dict[str, Any] = {}
     for item in ranked:
-        eager = not item.policy.sites and prepared.dense_name.startswith("eager")
-        models[item.policy.key()] = session.model if eager else materialize(engine, item.policy)
+        models[item.policy.key()] = materialize(engine, item.policy) if item.policy.sites else _dense(session, prepared, engine)
     with session.progress.bar(f"end-to-end latency, {workload.phase}") as update:
         found = end_to_end.measure(
             models,
@@ -213,6 +195,12 @@ def _runs(
         )
     session.progress.say(end_to_end.disturbance(found.values()))
     return found
+
+
+def _dense(session: Session, prepared: Prepared, engine: Runtime) -> nn.Module:
+    """The uncompressed model that objectives are relative to."""
+    candidates = dense_candidates(session.model, session.loaded.structure, session.target, engine.choose.table, engine.workload)
+    return candidates.get(prepared.dense_name) or engine.materialize({})
 
 
 def _finalist(
@@ -317,7 +305,14 @@ class Judge:
 
         def compute() -> dict[str, Any]:
             with session.progress.bar(title) as update, all_threads():
-                return asdict(self._on(role).evaluate_edits(edits(), update))
+                evaluator = self._on(role)
+                try:
+                    return asdict(evaluator.evaluate_edits(edits(), update))
+                except NotFinite as error:
+                    evaluator.dense()
+                    session.progress.say(f"{title}: {error}")
+                    n = len(evaluator.tokens)
+                    return asdict(Quality((math.inf,) * n, (math.inf,) * n, evaluator.tokens.numel()))
 
         found = session.steps.made(f"{role}-{key}", key, compute)
         same = tuple(found.get("same_each", ()))  # studies of earlier versions did not look

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from methods.atomic import remove_abandoned, write_text
 from methods.locks import try_lock
 from search.config import ConfigError, RunConfig, device_folders, read_toml, to_toml
-from search.files import content_key
+from search.files import Steps, check_place, content_key
 from search.prepared import Prepared
 
 if TYPE_CHECKING:
@@ -51,11 +51,6 @@ _NOT_PREPARED = (
     "memory",
     "size",
     "devices",
-    "ttft",
-    "tpot_p95",
-    "throughput",
-    "memory",
-    "size",
     "evaluations",
     "budget",
     "tokens",
@@ -63,6 +58,7 @@ _NOT_PREPARED = (
     "max_kl",
     "tasks",
     "limit",
+    "trust_tasks",
     "study",
     "results",
     "store",
@@ -111,6 +107,17 @@ def save_config(config: RunConfig) -> None:
     write_text(config.folder / "config.toml", to_toml(replace(config, store=_without_password(config.store))))
 
 
+PLACES = ("steps", "bank", "models", "answers", "policies")
+"""Folders of a study that a run writes into."""
+
+
+def check_places(config: RunConfig) -> None:
+    """Raises ConfigError where the study or the cache could not take what the run will write, hours later for some of it."""
+    for name in (*PLACES, *(f"exports/{name}" for name in config.export)):
+        check_place(config.folder / name, "--results", folder=True)
+    check_place(config.cache_folder, "--cache", folder=True)
+
+
 def _without_password(url: str) -> str:
     """A database's URL as it may lie about; whoever runs the file again gives the password as the database's client reads it."""
     return re.sub(r"(://[^:/@]*):[^/]*@", r"\1@", url)
@@ -153,12 +160,47 @@ def _shown(name: str, value: Any) -> str:
 
 
 def study_key(config: RunConfig) -> str:
-    """Key of everything that the prepared study depends on, local files by size and time."""
+    """Key of everything that the prepared study depends on, local files by size and time.
+
+    Limits on bytes are no part of it: they ask for more options, and change nothing of the others.
+    """
     values = {name: value for name, value in vars(config).items() if name not in _NOT_PREPARED}
     files = [config.model, *(source.partition("=")[2] or source for source in config.data)]
     files += [str(folder) for folder in device_folders(config.devices) if config.target != "cpu"]
-    asked = [workload.name for workload in config.workloads], bool(config.memory or config.size)
+    asked = (
+        [workload.name for workload in config.workloads],
+        False,
+    )  # what earlier versions prepared without such limits is found
     return content_key(_VERSION, values, asked, [_stat(Path(name).expanduser()) for name in files])
+
+
+def kept_prepared(steps: Steps, key: str, config: RunConfig) -> Prepared | None:
+    """What the study prepared for these objectives, or for more than them; None where that is still to do.
+
+    It is the study's latest again, which `search show` and others read.
+    """
+    every = _with_every_option(key)
+    for wanted in (every,) if config.objectives.sizes else (every, key):
+        stored = steps.get(_PREPARED, wanted)
+        if stored is None and (stored := steps.get(f"{_PREPARED}-{wanted}", wanted)) is not None:
+            steps.put(_PREPARED, wanted, stored)
+        if stored is not None:
+            return Prepared.from_json(stored)
+    return None
+
+
+def keep_prepared(steps: Steps, key: str, config: RunConfig, prepared: Prepared) -> None:
+    """Keep what was prepared as the study's latest, and beside what was prepared for other workloads."""
+    own = _with_every_option(key) if config.objectives.sizes else key
+    for name in (f"{_PREPARED}-{own}", _PREPARED):
+        steps.put(name, own, prepared.to_json())
+
+
+_PREPARED = "prepared"
+
+
+def _with_every_option(key: str) -> str:
+    return content_key(key, "every option")
 
 
 def _stat(path: Path) -> list[Any]:

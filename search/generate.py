@@ -21,6 +21,7 @@ from methods.formats.sides import plain
 from methods.kv.format import CacheFormat
 from methods.method import Edit
 from methods.model.structure import Structure
+from methods.model.tokenizer import check_ids
 from methods.policy import Policy
 from methods.recipes.cache import CacheMethod
 from profilers.campaign import local
@@ -33,8 +34,9 @@ from profilers.sweep import torch_threads
 from profilers.table import LatencyTable
 from profilers.target import Target
 from search.config import ConfigError, RunConfig, default_cache
-from search.files import content_key
+from search.files import check_new_folder, check_place, content_key
 from search.finalists import Judge
+from search.fit import continuation_notes
 from search.in_order import compress_in_order, needs_order, ordered_bank, stored
 from search.progress import Progress
 from search.results import BEST, Answer, measured_policy, saved_config, saved_prepared
@@ -46,7 +48,8 @@ from search.transform import text_of
 class Generated:
     """Text and how fast it came: ms a token, the first one (prefill) left out; kernels: which ran how many sites.
 
-    simulated: by reason, the sites that no kernel runs: they are decoded, and slow, and their inputs are not rounded.
+    simulated: by reason, the sites that no kernel runs: they are decoded, and slow, and their inputs are not rounded; notes: what else
+    a reader must know.
     """
 
     text: str
@@ -54,6 +57,7 @@ class Generated:
     ms_per_token: float
     kernels: str
     simulated: Mapping[str, Sequence[str]]
+    notes: Sequence[str] = ()
 
 
 def generate(folder: Path, prompt: str, n_tokens: int, threads: int | None, on: str = "cpu") -> Generated:
@@ -65,6 +69,11 @@ def generate(folder: Path, prompt: str, n_tokens: int, threads: int | None, on: 
     loaded = checkpoint.load_dense(folder)
     if loaded.tokenizer is None:
         raise ConfigError(f"{folder}: the model has no tokenizer, so it reads no prompt; add tokenizer.json to the folder")
+    ids = loaded.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if not ids.numel():
+        raise ValueError("--prompt: empty; give some text to continue")
+    check_ids(ids, loaded.model, loaded.tokenizer, "--prompt")
+    notes = continuation_notes(loaded, ids.shape[1], n_tokens)
     held = checkpoint.read(folder)
     table = LatencyTable.open(default_cache() / "tables", target)
     simulated = simulated_sites(loaded.structure, held.edits, target)
@@ -72,9 +81,6 @@ def generate(folder: Path, prompt: str, n_tokens: int, threads: int | None, on: 
     # The loaded model holds the decoded weights, so that a site without its edit runs them densely.
     edits = {site: edit for site, edit in held.edits.items() if site not in dense}
     model = Runtime(loaded.model, loaded.structure, target, table).materialize(edits)
-    ids = loaded.tokenizer(prompt, return_tensors="pt")["input_ids"]
-    if not ids.numel():
-        raise ValueError("--prompt: empty; give some text to continue")
     fmt = cache_format(policy_file.parse(held.policy_text, loaded.structure).policy, loaded.structure)
     found, seconds = [], []
     with torch.inference_mode(), torch_threads(target.threads):
@@ -88,7 +94,7 @@ def generate(folder: Path, prompt: str, n_tokens: int, threads: int | None, on: 
                 break
     text = loaded.tokenizer.decode(found, skip_special_tokens=True)
     later = sorted(seconds[1:]) or seconds
-    return Generated(text, len(found), later[len(later) // 2] * 1e3, _kernels(model), simulated)
+    return Generated(text, len(found), later[len(later) // 2] * 1e3, _kernels(model), simulated, notes)
 
 
 def cuda_device(target: Target) -> Device | None:
@@ -159,6 +165,7 @@ def materialize(policy: Path, out: Path, config: RunConfig, study: Path | None, 
     in order on the compressed prefix; blocks are kept in the cache until the checkpoint is written, and an interrupted call goes on from
     them. Simulated methods are as good as any here.
     """
+    check_new_folder(out, "--out")
     if study is not None:
         config = replace(saved_config(study), cache=config.cache)
     else:
@@ -167,6 +174,8 @@ def materialize(policy: Path, out: Path, config: RunConfig, study: Path | None, 
     if not policy.is_file():
         raise ConfigError(f"{policy}: no such file; give a policy, for example one of a study's policies/")
     session = Session(config, progress)
+    for note in session.stored.notes:
+        progress.say(note)
     file = policy_file.read(policy, session.stored.structure)
     cache_format(file.policy, session.stored.structure)
     transform = text_of([decision for decision in file.policy.model if model_method(decision.method).rotates])
@@ -244,6 +253,8 @@ def export_study(
     from search.export.standalone import sample_tokens
     from search.folder import check_model
 
+    if out is not None:
+        check_place(out, "--out", folder=True)
     source, item = measured_policy(folder, answer, wanted)
     config = replace(saved_config(folder), study=folder.name, results=str(folder.parent))
     session = Session(config, progress)

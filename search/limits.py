@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from methods.model.structure import Structure
 from methods.policy import Policy
 from predictors.assumed import AssumedMap
 from predictors.intervals import Interval
 from predictors.latency import LatencyModel
 from search.config import ConfigError
 from search.objectives import ByteLimit, Objective, Objectives
-from search.prepared import Prepared
+from search.prepared import Prepared, SiteOptions
 from search.strategies.presets import uniform
 from search.strategies.problem import Floats, Limit
+from spaces.space import Space
 
 TOWARDS_FASTEST = 0.25
 """How far from the best simple policy's latency to the fastest's an objective lies that is chosen to bind."""
+
+
+class Unreachable(ValueError):
+    """No legal policy meets what is asked for; says what the fastest or the smallest takes and what limits it."""
 
 
 def binding(prepared: Prepared) -> str:
@@ -37,10 +43,11 @@ def binding(prepared: Prepared) -> str:
 
 
 def under(prepared: Prepared, objectives: Objectives) -> Prepared:
-    """The study with everything asked for besides the main objective as limits of its problem.
+    """The study with everything asked for besides the main objective as limits of its problem, and the options that can serve them.
 
     Raises ConfigError where an objective needs what was not measured.
     """
+    prepared = prepared if objectives.sizes else prepared.fast
     for time in objectives.times:
         median_limit(prepared, time)
     times = [_time_limit(prepared, time) for time in objectives.times[1:]]
@@ -69,6 +76,35 @@ def kernel_budget(map_: LatencyModel | AssumedMap, limit_ms: float, fastest_ms: 
     except ValueError:
         return expected
     return budget if budget >= fastest_ms else max(budget, expected)
+
+
+def possible_budget(map_: LatencyModel | AssumedMap, limit_ms: float, fastest_ms: float, slowest_ms: float) -> float:
+    """The largest kernel sum, up to `slowest_ms`, whose *lower* latency bound meets a limit; nan where none does, so that none can."""
+    for sum_ms in np.linspace(slowest_ms, fastest_ms, 200):
+        if not ruled_out(map_, float(sum_ms), limit_ms):
+            return float(sum_ms)
+    return math.nan
+
+
+def ruled_out(map_: LatencyModel | AssumedMap, sum_ms: float, limit_ms: float) -> bool:
+    """Whether even the lower bound of a kernel sum's latency exceeds a limit: what the map's own error leaves open, a run decides."""
+    try:
+        return map_.predict(sum_ms).lo > limit_ms
+    except ValueError:  # outside of what the map can say
+        return False
+
+
+def loosened(prepared: Prepared, objectives: Objectives) -> Prepared:
+    """The study with limits on other workloads' times only where the map is sure of them; limits on bytes are exact and stay."""
+    limits = {limit.name: limit for limit in prepared.limits}
+    for time in objectives.times[1:]:
+        map_, costs, _, _ = _cost(prepared, time)
+        fastest, slowest = (float(sum(pick(own) for own in costs)) for pick in (np.min, np.max))
+        budget = possible_budget(map_, median_limit(prepared, time), fastest, slowest)
+        limit = limits[name_of(time)]
+        if budget > limit.budget:
+            limits[limit.name] = replace(limit, budget=budget)
+    return replace(prepared, limits=tuple(limits.values()))
 
 
 def tightened(prepared: Prepared, over: Mapping[str, float]) -> Prepared:
@@ -125,6 +161,53 @@ def _time_limit(prepared: Prepared, objective: Objective) -> Limit:
 def _byte_limit(prepared: Prepared, asked: ByteLimit) -> Limit:
     outside = prepared.other_bytes + (prepared.kv_bytes if asked.kind == "memory" else 0)
     return Limit(name_of(asked), prepared.problem.size_bytes, float(asked.value - outside), "bytes")
+
+
+def reachable(prepared: Prepared, objective: Objective, median_ms: float) -> str:
+    """What to ask for, in the objective's unit, so that a median step of `median_ms` meets it."""
+    _, _, dense_ms, tail = _cost(prepared, objective)
+    if objective.relative:
+        return f"{math.ceil(median_ms / dense_ms * 1e3) / 1e3:g}x or more"
+    if objective.kind == "throughput":
+        return f"{math.floor(1e5 * objective.workload.batch / median_ms) / 100:g}tok/s or less"
+    return f"{math.ceil(median_ms * (1 if objective.quantile == 0.5 else tail) * 1e3) / 1e3:g}ms or more"
+
+
+def nothing_faster(sites: Sequence[SiteOptions]) -> str:
+    """Says that the table left only the dense option."""
+    return f"no format here is faster than dense {sites[0].options[0].format}"
+
+
+def check_faster(objectives: Objectives, sites: Sequence[SiteOptions], target: str) -> None:
+    """Raises Unreachable where less than the dense model's time is asked for and the table left nothing but the dense option."""
+    if objectives.main.relative and objectives.main.value < 1 and all(len(site.options) == 1 for site in sites):
+        raise Unreachable(
+            f"{objectives.main.flag} cannot be met on {target}: {nothing_faster(sites)} in {objectives.main.workload.name}, at none of "
+            f"{len(sites)} sites. Ask for 1x, for other --formats, or for a larger batch or model."
+        )
+
+
+def check_bytes(objectives: Objectives, structure: Structure, space: Space, dense_bits: int, kv_bytes: int) -> None:
+    """Raises Unreachable, before anything is measured, for a limit on bytes that the smallest choice at every site exceeds.
+
+    dense_bits: of what lies outside of the sites; kv_bytes: the key/value cache that counts for `memory`.
+    """
+    sites = sum(min(choice.size_bytes for choice in choices) for choices in space.choices.values())
+    outside = (structure.n_parameters - sum(site.n_weights for site in structure.sites)) * dense_bits // 8
+    for asked in objectives.sizes:
+        cache = kv_bytes if asked.kind == "memory" else 0
+        least = sites + outside + cache
+        if asked.value < least:
+            held = f" and {_megabytes(cache)} are the key/value cache" if cache else ""
+            raise Unreachable(
+                f"{asked.flag} cannot be met: the smallest legal policy takes {_megabytes(least)}, of which {_megabytes(outside)} lie "
+                f"outside the compressed layers{held}. Ask for {_megabytes(least)} or more, or give --formats of fewer bits."
+            )
+
+
+def _megabytes(n_bytes: int) -> str:
+    """Rounded up, so that asking for it is enough."""
+    return f"{math.ceil(n_bytes / 1e3) / 1e3:g}MB"
 
 
 def name_of(asked: Objective | ByteLimit) -> str:

@@ -56,6 +56,11 @@ class Objective:
         return amount if self.kind == "latency" else f"{self.kind}={amount}"
 
     @property
+    def flag(self) -> str:
+        """As it is asked for: `--ttft 200ms`."""
+        return f"--{self.kind} {self.text.rpartition('=')[2]}"
+
+    @property
     def quantile(self) -> float:
         """Of the step's time."""
         return 0.95 if self.kind == "tpot-p95" else 0.5
@@ -77,6 +82,11 @@ class ByteLimit:
         """`size=100MB`, in the largest unit that shows it whole."""
         unit = max((u for u, factor in _BYTES.items() if self.value % factor == 0), key=lambda u: _BYTES[u])
         return f"{self.kind}={self.value // _BYTES[unit]}{unit}"
+
+    @property
+    def flag(self) -> str:
+        """As it is asked for: `--size 100MB`."""
+        return f"--{self.kind} {self.text.rpartition('=')[2]}"
 
 
 @dataclass(frozen=True)

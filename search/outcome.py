@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from search.config import RunConfig
 from search.prepared import Prepared
+from spaces.runtimes import runtime
 
 if TYPE_CHECKING:
     from search.explore import Truth
-    from search.finalists import Finalist
+    from search.finalists import Finalist, Met
     from search.report.content import Verdict
     from search.session import Session
 
@@ -90,6 +91,10 @@ def notes_of(
             f"latency is of this project's kernels on {session.target.name}; it was not measured in {config.runtime}, "
             "whose own kernels differ"
         )
+        if not any(family.fused for family in runtime(config.runtime).loads or ()):
+            notes.append(
+                f"{config.runtime} decodes these weights before it computes, so that they save memory there and no time"
+            )
     return notes
 
 
@@ -98,3 +103,20 @@ def search_notes(truth: Truth) -> list[str]:
     notes = [f"the search ended early, {truth.budget.spent()} being used up: an answer from what was known by then"]
     failed = [f"{len(truth.failed)} evaluation(s) failed: {next(iter(truth.failed.values()))}"] if truth.failed else []
     return (notes if truth.budget.spent() else []) + failed
+
+
+def told_of(
+    finalist: Finalist, asked: Sequence[Met], objective: str, main_limit_ms: float | None
+) -> tuple[tuple[str, bool | None], ...]:
+    """By what was asked for, whether a policy meets it.
+
+    asked: of a policy that was measured for it; objective: its text where that says nothing, as in earlier versions; main_limit_ms: where
+    the policy was measured for something else, so that of the times only the main one is known of it.
+    """
+    names = [met.name for met in asked] or [objective]
+    texts = [name.partition(" (")[0] for name in names]  # the workload only where the same is asked of several
+    shown = [name if texts.count(text) > 1 else text for name, text in zip(names, texts, strict=True)]
+    known: list[bool | None] = [met.met for met in finalist.met] or [finalist.meets]
+    if main_limit_ms is not None:
+        known = [finalist.hi_ms <= main_limit_ms, *([None] * (len(names) - 1))]
+    return tuple(zip(shown, known, strict=True))

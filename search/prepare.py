@@ -20,6 +20,7 @@ from profilers.table import LatencyTable
 from profilers.workload import Workload
 from search.differencing import Differenced
 from search.files import Steps, content_key
+from search.limits import check_faster
 from search.maps import kept_maps
 from search.prepared import Prepared, SiteOptions, WorkloadCost
 from search.pricing import label_of, price, priced_sites
@@ -35,12 +36,13 @@ SCORES = 2
 
 
 def prepare(session: Session, steps: Steps, key: str) -> Prepared:
-    """All steps, each taken from the study where it was done before."""
+    """All steps, each taken from the study where it was done before; `key` is that of the study."""
     began, step = time.monotonic(), session.progress.step
     step("latency table")
     table = price(session)
     priced_s = time.monotonic() - began
     costs = priced_sites(session, table)
+    check_faster(session.config.objectives, costs[0], session.target.name)
     for warning in kernels_alone(costs, session.config):
         session.progress.say(warning)
     step("whole-model map")
@@ -56,9 +58,9 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
     calibrate(session, decisions)
     calibrated_s = time.monotonic() - began - priced_s - mapped_s - text_s
     texts = (corpora["search"].sha256, corpora["calibrate"].sha256)
-    score_key = content_key(key, session.loaded.digest, *texts, PROBES, PROBE_LENGTH, SCORES)
+    score_key = content_key(session.loaded.digest, *texts, session.config.seed, PROBES, PROBE_LENGTH, SCORES)
     step("sensitivities")
-    scores = steps.made("scores", score_key, lambda: score_choices(session, decisions))
+    scores = kept_scores(session, steps, score_key, decisions)
     scored_s = time.monotonic() - began - priced_s - mapped_s - text_s - calibrated_s
     return replace(
         unscored,
@@ -96,14 +98,20 @@ def priced(session: Session, table: LatencyTable, costs: Sequence[tuple[SiteOpti
             "compute_dtype": session.target.compute_dtype,
         },
         data={},
-        notes=(*session.space.notes, *_doubts(session, table, fits)),
+        notes=(*session.fit_notes, *session.space.notes, *_doubts(session, table, fits)),
         tail=fit["tail"],
         checked=_checked(fit),
         also=tuple(map(_also, costs[1:], fits[1:], workloads[1:])),
-        kv_bytes=max(kv_bytes(loaded.structure, workload, session.target.dtype.itemsize) for workload in workloads),
+        kv_bytes=cache_bytes(session),
         workload=workloads[0].name,
         label=label_of(session, table, fits),
     )
+
+
+def cache_bytes(session: Session) -> int:
+    """Bytes of the largest workload's key/value cache."""
+    width = session.target.dtype.itemsize
+    return max(kv_bytes(session.loaded.structure, workload, width) for workload in session.config.workloads)
 
 
 def _also(sites: Sequence[SiteOptions], fit: Mapping[str, Any], workload: Workload) -> WorkloadCost:
@@ -164,6 +172,22 @@ def calibrate(session: Session, decisions: Decisions) -> None:
             update(done, len(structure.blocks), len(structure.blocks) - len(todo))
 
         sweep(session.model, structure, batches, needs, visit, skip=lambda block: block not in todo, dense=True)
+
+
+def kept_scores(session: Session, steps: Steps, key: str, decisions: Decisions) -> dict[str, Any]:
+    """Sensitivities of every choice; those that the study has under the key of model and texts are not computed again."""
+    known = steps.get("scores", key) or {"kl": {}, "stderr": {}}
+    missing = {
+        site: [decision for decision in own if decision.label not in known["kl"].get(site, {})]
+        for site, own in decisions.items()
+    }
+    if any(missing.values()):
+        found = score_choices(session, missing)
+        known = {
+            name: {site: {**known[name].get(site, {}), **own} for site, own in scores.items()} for name, scores in found.items()
+        }
+        steps.put("scores", key, known)
+    return known
 
 
 def score_choices(session: Session, decisions: Decisions) -> dict[str, Any]:

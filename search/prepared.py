@@ -25,7 +25,8 @@ class Option:
 
     ms: measured cold latency of the site's kernels at the workload's tokens in flight; model_ms: the same as it counts in a whole
     model, where some kernels meet warmer caches than others; kernel: the one that is fastest there; loss: nats per token, predicted,
-    with its standard error.
+    with its standard error; fast: whether its time speaks for it in some workload, no option with more bits being as fast: the others
+    are for limits on bytes alone.
     """
 
     label: str
@@ -37,6 +38,7 @@ class Option:
     model_ms: float = 0.0
     loss: float = 0.0
     loss_stderr: float = 0.0
+    fast: bool = True
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class SiteOptions:
     block: int
     n_weights: int
     options: tuple[Option, ...]
+
+    @property
+    def fast(self) -> SiteOptions:
+        """The site with the options that are worth their time."""
+        return replace(self, options=tuple(option for option in self.options if option.fast))
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,16 @@ class Prepared:
     def to_json(self) -> dict[str, Any]:
         """Plain values, without the limits: they belong to an objective."""
         return {name: value for name, value in asdict(replace(self, limits=())).items() if name != "limits"}
+
+    @property
+    def fast(self) -> Prepared:
+        """The study with the options that are worth their time: all that matter where no bytes are limited."""
+        kept = [[j for j, option in enumerate(site.options) if option.fast] for site in self.sites]
+        also = tuple(
+            replace(cost, model_ms=tuple(tuple(own[j] for j in js) for own, js in zip(cost.model_ms, kept, strict=True)))
+            for cost in self.also
+        )
+        return replace(self, sites=tuple(site.fast for site in self.sites), also=also)
 
     @cached_property
     def map(self) -> LatencyModel | AssumedMap:

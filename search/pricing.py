@@ -77,7 +77,10 @@ def check_priced(session: Session) -> None:
 
 
 def priced_sites(session: Session, table: LatencyTable) -> list[tuple[SiteOptions, ...]]:
-    """Sites with priced options, once for each workload; an option whose kernels failed their checks in one is left out of all."""
+    """Sites with priced options, once for each workload; an option whose kernels failed their checks in one is left out of all.
+
+    Where no bytes are limited, only options that are worth their time in some workload.
+    """
     found = [
         tuple(
             SiteOptions(site.name, site.kind, site.block, site.n_weights, tuple(_options(session, table, site.name, workload)))
@@ -85,22 +88,25 @@ def priced_sites(session: Session, table: LatencyTable) -> list[tuple[SiteOption
         )
         for workload in session.config.workloads
     ]
-    small = bool(session.config.objectives.sizes)
     for index in range(len(found[0])):
-        kept = _kept([sites[index].options for sites in found], small)
-        if DENSE.label not in kept:
-            raise ConfigError(f"--target {session.target.name}: no latency of the dense {found[0][index].name} there")
-        for place, sites in enumerate(found):
-            options = tuple(option for option in sites[index].options if option.label in kept)
+        for place, options in enumerate(_judged([sites[index].options for sites in found])):
+            if all(option.label != DENSE.label for option in options):
+                raise ConfigError(
+                    f"no latency of the dense {found[0][index].name} on {session.target.name}; it is the measure of all"
+                )
+            sites = found[place]
             found[place] = (*sites[:index], replace(sites[index], options=options), *sites[index + 1 :])
-    return found
+    if session.config.objectives.sizes:
+        return found
+    return [tuple(site.fast for site in sites) for sites in found]
 
 
-def _kept(costs: Sequence[Sequence[Option]], small: bool) -> set[str]:
-    """The labels worth having in some workload; where bytes are limited (`small`), all that every workload has."""
+def _judged(costs: Sequence[Sequence[Option]]) -> list[tuple[Option, ...]]:
+    """By workload, the options that every workload has; `fast` are those that are worth having in some."""
     common = set.intersection(*({option.label for option in options} for options in costs))
     able = [[option for option in options if option.label in common] for options in costs]
-    return common if small else {option.label for options in able for option in worth_having(options)}
+    fast = {option.label for options in able for option in worth_having(options)}
+    return [tuple(replace(option, fast=option.label in fast) for option in options) for options in able]
 
 
 def _options(session: Session, table: LatencyTable, name: str, workload: Workload) -> list[Option]:
@@ -125,9 +131,9 @@ def _options(session: Session, table: LatencyTable, name: str, workload: Workloa
 
 
 def worth_having(options: Sequence[Option]) -> list[Option]:
-    """Options that are faster than every one with at least their weight and activation bits: the others cannot be the better choice.
+    """Options that are faster than every one with at least their weight and activation bits: the others' time does not speak for them.
 
-    Dropped before anything is calibrated. The dense option stays.
+    Unless bytes are limited, those are dropped before anything is calibrated. The dense option stays.
     """
     formats = {option.label: parse_format(option.format) for option in options}
 

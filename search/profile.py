@@ -18,6 +18,7 @@ from profilers.runtime import dense_candidates
 from profilers.table import KernelKey, LatencyTable, Row
 from profilers.target import Target
 from search.config import ConfigError, RunConfig
+from search.files import check_place
 from search.progress import Progress
 from search.session import Session
 
@@ -52,10 +53,14 @@ def profile(
     path = Path(out) if out else None
     if path is not None and path.suffix != ".parquet":
         raise ConfigError(f"--out {out}: a table is stored as NAME.parquet, NAME being what --target will say")
+    if path is not None:
+        check_place(path, "--out")
     target = local(config.target, config.threads or None)
     folder = config.cache_folder / "tables"
     table = LatencyTable.open(folder, target)
     session = Session(replace(config, target=target.name), progress) if with_model else None
+    for note in session.fit_notes if session is not None else ():
+        progress.say(note)
     keys = _keys(session, config, target, shapes, plan)
     progress.say(f"measuring {len(table.missing(keys))} of {len(keys)} cells on {target.description}; table {table.path}")
     with progress.bar("latency table") as update:

@@ -9,7 +9,7 @@ from search.limits import fastest_ms, under
 from search.objectives import Objective
 from search.prepared import Prepared, SiteOptions
 from search.report.content import mebibytes
-from search.run import resolve
+from search.resolved import solved
 
 
 def reachable(prepared: Prepared, config: RunConfig) -> str:
@@ -18,7 +18,7 @@ def reachable(prepared: Prepared, config: RunConfig) -> str:
     prepared: priced, and scored or not: losses decide nothing here.
     """
     asked = config.objectives
-    resolve(under(prepared, asked), asked.main, config)
+    solved(under(prepared, asked), asked.main, config)
     ranges = []
     for time in {time.workload: time for time in asked.times}.values():
         fastest, dense_ms = fastest_ms(prepared, time)

@@ -42,7 +42,8 @@ def text() -> str:
     codecs = ((f"`{name}`", str(codec.width), codec.second or "none") for name, codec in CODECS.items())
     parts = [
         _HEAD,
-        f"## Commands\n\nExit codes: {codes}\n\nEverywhere: `--json` (results as JSON) and `--debug` (tracebacks).",
+        f"## Commands\n\nExit codes: {codes}\n\nEverywhere: `--json` (results as JSON) and `--debug` (tracebacks). "
+        "`search --version` names the version.",
         *(_command(name, parser, known if name == "run" else set()) for name, parser in _parsers().items()),
         f"## Configuration\n\n{_CONFIGURATION}",
         markdown("key | type | default | meaning", map(_field, dataclasses.fields(RunConfig))),

@@ -15,10 +15,11 @@ from predictors.latency import LatencyModel
 from predictors.loss import PredictorReport
 from profilers.workload import Workload
 from search.config import ConfigError, RunConfig
-from search.finalists import DENSE_NAME, Finalist, Met, told_of
+from search.finalists import DENSE_NAME, Finalist, Met
 from search.frontier import Candidate, Fidelity, frontier, write_csv
 from search.limits import reached_ms, under
 from search.objectives import Objective, Objectives, file_name
+from search.outcome import told_of
 from search.prepared import Prepared, WorkloadCost, by_format
 from search.report import content
 from search.report.content import TOP1, DataUse, Entry, Guard, LatencyFit, ReportData, Verdict
@@ -29,6 +30,7 @@ from search.report.picture import write_picture
 from search.report.table import candidate_table
 from search.strategies.problem import Infeasible
 from search.strategies.solve import solve
+from search.words import shortened
 
 Value = TypeVar("Value")
 
@@ -128,7 +130,7 @@ def saved_answer(folder: Path, objective: str = "") -> Answer:
     if not found:
         raise ConfigError(f"{folder}: no answer yet; repeat `search run` to finish it")
     if objective and objective not in found:
-        raise ConfigError(f"{folder}: no answer for {objective!r}; there are {', '.join(found)}")
+        raise ConfigError(f"{folder}: no answer for {objective!r}; there are {shortened(found)}")
     return found[objective or list(found)[-1]]
 
 
@@ -150,7 +152,7 @@ def measured_policy(folder: Path, answer: Answer, wanted: str = BEST) -> tuple[A
     found = [entry for row, entry in enumerate(rows, 1) if wanted in (str(row), entry.candidate.name)]
     if not found:
         raise ConfigError(
-            f"--candidate {wanted}: not measured there; use best, a row from 1 to {len(rows)}, or {', '.join(names)}"
+            f"--candidate {wanted}: not measured there; use best, a row from 1 to {len(rows)}, or {shortened(names)}"
         )
     key = found[0].candidate.policy.key()
     if not found[0].candidate.policy.sites:

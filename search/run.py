@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from methods.atomic import remove_abandoned
@@ -16,14 +15,26 @@ from search.config import ConfigError, RunConfig, device_folders
 from search.deliver import deliver, policy_text
 from search.environment import busy, environment
 from search.files import Steps, content_key
-from search.folder import check_same, has_store, open_store, open_study, save_config, study_key
-from search.limits import binding, kernel_budget, median_limit, tightened, under
+from search.folder import (
+    check_places,
+    check_same,
+    has_store,
+    keep_prepared,
+    kept_prepared,
+    open_store,
+    open_study,
+    save_config,
+    study_key,
+)
+from search.limits import binding, check_bytes, tightened, under
 from search.objectives import Objective
 from search.outcome import notes_of, predictor_report, search_notes, verdict
 from search.prepared import Prepared
 from search.progress import Progress
+from search.resolved import Resolved, describe_solution, solved
 from search.strategies.problem import Infeasible
-from search.strategies.solve import Solution, solve
+from search.strategies.solve import solve
+from search.words import shortened
 
 if TYPE_CHECKING:
     from search.explore import Ranked
@@ -46,19 +57,6 @@ MARGIN = 0.005
 """Share of the objective left free besides the measured interval, so that the next measurement meets it too."""
 
 
-class Unreachable(ValueError):
-    """No legal policy meets the objective; says what the fastest takes and what limits it."""
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """A solved objective: limit in ms, budget of kernel time in ms, and the solver's policy."""
-
-    limit_ms: float
-    budget_ms: float
-    solution: Solution
-
-
 def run_study(
     config: RunConfig, progress: Progress | None = None, resolved: Callable[[Prepared, Resolved], None] | None = None
 ) -> Answer:
@@ -70,27 +68,28 @@ def run_study(
     progress = progress or Progress(quiet=True)
     _ = config.objective  # raises where there is none
     _check_target(config)
+    if config.target == "cpu":
+        _check_compiler(config, progress)
     with open_study(config) as folder:
+        check_places(config)
         remove_abandoned(config.cache_folder)
         steps = Steps(folder / "steps")
         key = study_key(config)
-        stored = steps.get("prepared", key)
-        progress.follow((*PREPARING, *SEARCHING) if stored is None else SEARCHING)
         session: Session | None = None
-        if stored is None:
+        prepared = kept_prepared(steps, key, config)
+        progress.follow((*PREPARING, *SEARCHING) if prepared is None else SEARCHING)
+        if prepared is None:
             from search.foresee import refuse_early
 
             refuse_early(config)
             session = _session(config, progress)
             prepared = prepare_study(session, steps, key)
-        else:
-            prepared = Prepared.from_json(stored)
         config = settled(config, prepared, progress)
         if session is not None:
             session.config = config
         prepared, objective = under(prepared, config.objectives), config.objective
         with progress.busy("solving"):
-            first = resolve(prepared, objective, config)
+            prepared, first = solved(prepared, objective, config)
         progress.say(describe_solution(prepared, first, config))
         if resolved:
             resolved(prepared, first)
@@ -101,7 +100,7 @@ def settled(config: RunConfig, prepared: Prepared, progress: Progress) -> RunCon
     """The configuration with a latency in place of `auto`, which is kept as what the study asks."""
     if not config.objective.auto:
         return config
-    chosen = replace(config, latency=binding(prepared))
+    chosen = replace(config, latency=binding(prepared if config.objectives.sizes else prepared.fast))
     progress.say(f"--latency auto: {chosen.latency} of the dense model's, where no single format is best on this machine")
     save_config(chosen)
     return chosen
@@ -117,6 +116,24 @@ def _check_target(config: RunConfig) -> None:
     resolve_target(config.target, folders, config.threads or None, allow_modelled=config.allow_modelled)
 
 
+def _check_compiler(config: RunConfig, progress: Progress) -> None:
+    """Says first that there is no compiler; raises ConfigError where no kernel runs any of the formats without one."""
+    from methods.formats.format import parse_format
+    from profilers.kernels.build import MISSING, compiler
+    from profilers.kernels.catalogue import supported
+    from profilers.target import local_cpu
+    from spaces.runtimes import default_formats
+
+    if compiler() is not None:
+        return
+    names = config.formats or default_formats(config.runtime, [load.phase for load in config.workloads])
+    target, size = local_cpu(config.threads or None), 512  # which every group divides
+    left = [name for name in names if supported(parse_format(name), size, size, 1, target)]
+    if not left:
+        raise ConfigError(f"{MISSING}: without one nothing here computes in {', '.join(names)}")
+    progress.say(f"{MISSING}: without one only {', '.join(left)} can be measured")
+
+
 def _session(config: RunConfig, progress: Progress) -> Session:
     from search.export.registry import exporter
     from search.session import Session
@@ -125,70 +142,33 @@ def _session(config: RunConfig, progress: Progress) -> Session:
         exporter(name)
     session = Session(config, progress)
     if config.tasks:
-        from search.evaluate import find_tasks
+        from search.tasks import find_tasks, load_tasks
 
-        find_tasks(config.tasks)
-        if session.loaded.tokenizer is None:
-            raise ConfigError(f"--tasks: {session.loaded.source} has no tokenizer; leave --tasks out or add tokenizer.json")
+        tasks = find_tasks(config.tasks, config.trust_tasks)  # before a model is loaded
+        if session.stored.tokenizer is None:
+            raise ConfigError(f"--tasks: {session.stored.source} has no tokenizer; leave --tasks out or add tokenizer.json")
+        with progress.busy("loading the tasks"):
+            load_tasks(tasks)
     progress.say(busy(session.target, config.cache_folder))
     return session
 
 
 def prepare_study(session: Session, steps: Steps, key: str) -> Prepared:
     """Latency table, whole-model map, calibration and sensitivities; kept under `key`."""
-    from search.prepare import prepare
+    from search.prepare import cache_bytes, prepare
     from search.pricing import check_priced
 
     # What cannot be searched is refused before any text is read or anything is measured; a new store can be no stranger's.
-    _ = session.space
+    asked, structure = session.config.objectives, session.loaded.structure
+    _ = session.fit_notes
+    check_bytes(asked, structure, session.space, session.dense_format.bits, cache_bytes(session))
     check_priced(session)
     if has_store(session.config):
         open_store(session)
     steps.put("environment", key, environment(session.target))
     prepared = prepare(session, steps, key)
-    steps.put("prepared", key, prepared.to_json())
+    keep_prepared(steps, key, session.config, prepared)
     return prepared
-
-
-def resolve(prepared: Prepared, objective: Objective, config: RunConfig, tighten: float = 1.0) -> Resolved:
-    """The solver's policy whose upper latency bound meets the objective times `tighten`; raises `Unreachable`.
-
-    Where only the prediction itself meets it and not its upper bound, that has to do: what is measured in the end decides.
-    """
-    limit, problem = median_limit(prepared, objective), prepared.problem
-    budget = kernel_budget(prepared.map, limit * tighten, problem.fastest_ms)
-    try:
-        budget = min(budget, sum(float(t.max()) for t in problem.latency_ms))
-        return Resolved(limit, budget, solve(problem, budget))
-    except Infeasible as error:
-        if error.name:
-            raise Unreachable(
-                f"{error.name} cannot be met on {prepared.target['name']} with {objective.text}: {error}"
-            ) from None
-        raise Unreachable(_unreachable(prepared, objective, error.limits[0])) from None
-
-
-def _unreachable(prepared: Prepared, objective: Objective, limit: tuple[str, Any, float]) -> str:
-    fastest = prepared.map.predict(prepared.problem.fastest_ms)
-    known = "modelled from measured runs" if prepared.label == "measured" else prepared.label
-    outside = prepared.map.predict(0.0).mean if prepared.map.b0 > 0 else 0.0
-    return (
-        f"--{objective.kind} {objective.text} ({median_limit(prepared, objective):.3g} ms) cannot be met on {prepared.target['name']}: "
-        f"the fastest legal policy takes about {fastest.mean:.3g} ms [{fastest.lo:.3g}, {fastest.hi:.3g}] "
-        f"({known}), of which {outside:.3g} ms pass outside the compressed layers; the slowest of those is "
-        f"{limit[0]} ({limit[1].label}, {limit[2]:.3g} ms). "
-        f"Ask for {fastest.hi if prepared.label == 'measured' else fastest.mean:.3g}ms or more."
-    )
-
-
-def describe_solution(prepared: Prepared, found: Resolved, config: RunConfig) -> str:
-    """The solver's answer in a line: latency is modelled, loss predicted."""
-    ms = prepared.map.predict(found.solution.latency_ms)
-    mix = ", ".join(f"{count} {name}" for name, count in prepared.mix(found.solution.policy).items())
-    return (
-        f"solved for {found.limit_ms:.4g} ms: modelled {ms.mean:.4g} ms [{ms.lo:.4g}, {ms.hi:.4g}], predicted KL "
-        f"{found.solution.loss:.3g} nats ({mix}); 1 ms more buys {found.solution.shadow_price:.2g} nats"
-    )
 
 
 def validate_study(session: Session, prepared: Prepared, found: Resolved, objective: Objective) -> Answer:
@@ -242,7 +222,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
     if chosen is not None and session.target.present:
         at = finalists.index(chosen)
         finalists[at] = chosen = judge.runtime_agreement(chosen, table)
-    finalists = _with_tasks(session, judge, finalists, chosen)
+    finalists, failed = _with_tasks(session, judge, finalists, chosen)
     chosen = _same(finalists, chosen)
     answer = Answer(
         objective=config.objectives.text,
@@ -264,7 +244,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
             "true evaluations in the study": len(store.records()),
         },
         versions=environment(session.target),
-        notes=(*notes_of(session, prepared, finalists, chosen, simple, config), *search_notes(truth)),
+        notes=(*notes_of(session, prepared, finalists, chosen, simple, config), *search_notes(truth), *failed),
     )
     texts = {policy_name(item, answer): policy_text(session, prepared, item, answer) for item in finalists if item.policy.sites}
     session.progress.step("export")
@@ -373,24 +353,30 @@ def _same(finalists: Sequence[Finalist], wanted: Finalist | None) -> Finalist | 
     return None if wanted is None else next(item for item in finalists if item.policy.key() == wanted.policy.key())
 
 
-def _with_tasks(session: Session, judge: Any, finalists: list[Finalist], chosen: Finalist | None) -> list[Finalist]:
-    """Scores of the tasks asked for, of the dense model and of the answer."""
+def _with_tasks(
+    session: Session, judge: Any, finalists: list[Finalist], chosen: Finalist | None
+) -> tuple[list[Finalist], tuple[str, ...]]:
+    """Scores of the tasks asked for, of the dense model and of the answer; where they fail, none, and a note that says why."""
     if not session.config.tasks:
-        return finalists
-    from search.evaluate import lm_eval_tasks
+        return finalists, ()
     from search.session import all_threads
+    from search.tasks import TaskError, find_tasks, score_tasks
 
-    tasks, limit = session.config.tasks, session.config.limit
-    texts = [Path(task).read_text() if Path(task).is_file() else task for task in tasks]
+    limit = session.config.limit
 
     def scores(item: Finalist) -> dict[str, dict[str, float]]:
-        with session.progress.busy(f"lm-eval: {', '.join(tasks)} with {item.name}"), all_threads():
+        with session.progress.busy(f"lm-eval: {shortened(session.config.tasks)} with {item.name}"), all_threads():
             session.switch.edits(judge.edits(item))
-            return lm_eval_tasks(session.model, session.loaded.tokenizer, tasks, limit)
+            return score_tasks(session.model, session.loaded.tokenizer, tasks, limit)
 
     def kept(item: Finalist) -> dict[str, dict[str, float]]:
         weights = session.loaded.digest, session.corpora["calibrate"].sha256, item.policy.key(), item.recompressed
-        key = content_key(*weights, texts, limit)
+        key = content_key(*weights, tasks.texts, limit)
         return session.steps.made(f"tasks-{key}", key, lambda: scores(item))
 
-    return [replace(item, tasks=kept(item)) if item is chosen or not item.policy.sites else item for item in finalists]
+    try:
+        tasks = find_tasks(session.config.tasks, session.config.trust_tasks)
+        return [replace(i, tasks=kept(i)) if i is chosen or not i.policy.sites else i for i in finalists], ()
+    except TaskError as error:
+        session.progress.say(f"{error}; the answer is delivered without scores")
+        return finalists, (f"no scores of tasks: {error}; the same command tries them again, all else is kept",)

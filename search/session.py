@@ -15,10 +15,11 @@ from methods.formats.format import Format, parse_format
 from methods.method import Edit
 from methods.model.load import LoadedModel, load
 from methods.model.structure import Site
+from methods.model.tokenizer import check_ids
 from methods.policy import DENSE, Decision, Policy
 from predictors.absent import Elsewhere
 from profilers.cells import site_cells
-from profilers.kernels.catalogue import refusals, supported
+from profilers.kernels.catalogue import supported, why_none
 from profilers.kv_cache import new_cache
 from profilers.resolution import resolve
 from profilers.runtime import Runtime
@@ -26,9 +27,11 @@ from profilers.table import KernelKey, LatencyTable
 from profilers.target import Target, TargetError, local_cpu
 from profilers.workload import Workload
 from search.config import RunConfig, device_folders
-from search.data import ROLES, SHIPPED, Corpus, generate_tokens, parse_sources, roles_from_text, roles_from_tokens
+from search.data import ROLES, Corpus, generate_tokens, parse_sources, roles_from_text, roles_from_tokens
+from search.documents import SHIPPED
 from search.evaluate import Switch
 from search.files import Steps, content_key, kept_tensors
+from search.fit import sequence_length, sequence_notes, workload_notes
 from search.progress import Progress
 from search.transform import transformed
 from spaces.runtimes import default_formats, runtime
@@ -115,8 +118,7 @@ class Session:
                 return self.absent_reason(site, fmt)
             if supported(fmt, cell.n, cell.k, cell.m, self.target):
                 return None
-            reasons = refusals(fmt, cell.n, cell.k, cell.m, self.target)
-            return "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:2])
+            return why_none(fmt, cell.n, cell.k, cell.m, self.target)
 
         structure = self.loaded.structure
         with self.progress.busy("finding the kernels, compiled where they are not yet"):
@@ -149,7 +151,7 @@ class Session:
     def corpora(self) -> Mapping[str, Corpus]:
         """The text of all roles, cached where the model writes it itself."""
         config, structure = self.config, self.stored.structure
-        length = min(config.sequence, self.longest_sequence)
+        length = sequence_length(self.stored, config.sequence)
         tokens = {
             "calibrate": config.calibration_tokens,
             "search": config.search_tokens,
@@ -164,18 +166,19 @@ class Session:
                 raise ValueError(
                     f"{self.stored.source}: no tokenizer, so --data cannot be read; leave it out or add tokenizer.json"
                 )
-            return roles_from_text(sources, self.stored.tokenizer, sizes, length, config.seed)
+            corpora = roles_from_text(sources, self.stored.tokenizer, sizes, length, config.seed)
+            for role, corpus in corpora.items():
+                check_ids(corpus.tokens, self.stored.model, self.stored.tokenizer, f"--data {corpus.source} ({role})")
+            return corpora
         key = content_key(self.stored.digest, length, sum(sizes.values()), config.seed, structure.n_vocab)
         path = config.cache_folder / "generated" / f"{key}.safetensors"
         return roles_from_tokens(self._generated(path, sum(sizes.values()), length), sizes)
 
-    @property
-    def longest_sequence(self) -> int:
-        """Positions that the model has; the configured sequence where it does not say."""
-        config = self.stored.model.config
-        return int(
-            getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or self.config.sequence
-        )
+    @cached_property
+    def fit_notes(self) -> tuple[str, ...]:
+        """What is to be said of the model's length beside what the run wants of it; raises ConfigError where it is too short."""
+        config = self.config
+        return (*sequence_notes(self.stored, config.sequence), *workload_notes(self.stored, config.workloads))
 
     def _generated(self, path: Path, n_sequences: int, length: int) -> Tensor:
         def make() -> dict[str, Tensor]:

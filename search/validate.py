@@ -19,14 +19,15 @@ from search.explore import Ranked
 from search.files import Steps, content_key
 from search.finalists import Finalist, Judge, choose, measure
 from search.folder import held, study_key
-from search.limits import under
+from search.limits import Unreachable, under
 from search.objectives import Objectives
 from search.outcome import contended
 from search.prepared import Prepared
 from search.pricing import price
 from search.progress import Progress
+from search.resolved import describe_solution, solved
 from search.results import Answer, policy_name, save, saved_answer, saved_config, saved_prepared
-from search.run import Unreachable, describe_solution, prepare_study, resolve, validate_study
+from search.run import prepare_study, validate_study
 from search.session import Session
 from search.whole_model import formats_of
 
@@ -151,7 +152,7 @@ def _solved_again(session: Session, folder: Path) -> Answer:
     config = session.config
     prepared = prepare_study(session, Steps(folder / "steps"), content_key(study_key(config), session.target.fingerprint))
     prepared = under(prepared, config.objectives)
-    first = resolve(prepared, config.objective, config)
+    prepared, first = solved(prepared, config.objective, config)
     session.progress.say(describe_solution(prepared, first, config))
     return validate_study(session, prepared, first, config.objective)
 

@@ -58,8 +58,13 @@ Fit = dict[str, Any]
 
 
 def whole_model(session: Session, table: LatencyTable, sites: Sequence[SiteOptions], workload: Workload) -> Fit:
-    """The map of a workload: fitted on whole-model runs, or of a target that is not here, put together from what is known."""
-    return (fit_map if session.target.present else assume_map)(session, table, sites, workload)
+    """The map of a workload: fitted on whole-model runs, or of a target that is not here, put together from what is known.
+
+    Runs are of the options that are worth their time, where there are any, so that limits on bytes need no other map.
+    """
+    fast = [site.fast for site in sites]
+    able = fast if any(len(site.options) > 1 for site in fast) else sites
+    return (fit_map if session.target.present else assume_map)(session, table, able, workload)
 
 
 @dataclass

@@ -129,7 +129,7 @@ def _check_priced(space: Space, methods: Sequence[str]) -> None:
     chosen = {choice.decision.method for choices in space.choices.values() for choice in choices}
     reasons = [item for dropped in space.dropped.values() for item in dropped.items()]
     for method in methods:
-        name = _parsed(method).method
+        name = parsed_method(method).method
         own = [r for label, r in reasons if label.partition(":")[0] == name and r.startswith(_SIMULATED)]
         if own and name not in chosen:
             raise ValueError(
@@ -140,11 +140,12 @@ def _check_priced(space: Space, methods: Sequence[str]) -> None:
 
 def with_format(method: str, fmt: Format) -> Decision:
     """The decision of a method, written `NAME` or `NAME:KNOB=VALUE:KNOB=VALUE`, with a format."""
-    decision = _parsed(method)
+    decision = parsed_method(method)
     return Decision.of(decision.method, **{**dict(decision.knobs), "format": fmt.name})
 
 
-def _parsed(method: str) -> Decision:
+def parsed_method(method: str) -> Decision:
+    """The decision of a method, written `NAME` or `NAME:KNOB=VALUE:KNOB=VALUE`; raises ValueError on anything else."""
     return Decision.parse(method.replace(":", ",").replace(",", ":", 1))
 
 

@@ -26,6 +26,9 @@ def rounded(x: Tensor, fmt: Format, payload: Payload) -> Tensor:
     Parts that change this: the inputs `columns.index` stay as they are and count for no scale. `act.scale`, (1,) or (d_in,), is static:
     for formats of one scale for all tokens it is the scale itself, with `act.offset` of the same shape for codes in [0, 2**b - 1]; for
     `nv` it stands for 448 * 6 / max|x| (1,). Raises ValueError where the format has no place for it.
+
+    NaN and infinity are never made numbers: they come out as NaN, with all that shares a dynamic scale with them, so that a layer that
+    breaks is seen to.
     """
     values = x.float()
     kept = payload.get("columns.index")
@@ -44,6 +47,7 @@ def _static(x: Tensor, fmt: Format, payload: Payload) -> Tensor:
     if fmt.act_rows != -1:
         raise ValueError(f"{fmt.name}: act.scale is the same for all tokens, but the format has scales a token; use -tensor")
     scale, offset = payload["act.scale"].float(), payload.get("act.offset")
+    x = torch.where(x.isfinite(), x, torch.nan)
     if offset is None:
         return _nearest(x / scale, fmt) * scale
     if fmt.act_element != "int":
@@ -66,17 +70,18 @@ def _dynamic(x: Tensor, fmt: Format, upper: Tensor | None) -> Tensor:
 def _scales(top: Tensor, fmt: Format, upper: Tensor | None) -> tuple[Tensor, Tensor]:
     """The scales by which activations are divided and multiplied; top: (…, n_groups, 1), the largest magnitudes."""
     reach = largest(fmt.act_element, fmt.act_bits)
+    top = torch.where(top.isfinite(), top, torch.nan)
     if fmt.act_codec == "e8m0":
-        power = ocp_scale(top, reach)
+        power = torch.where(top.isnan(), top, ocp_scale(top, reach))
         return power, power
     exact = top / reach
-    exact = torch.where(exact > 0, exact, torch.ones_like(exact))
+    exact = torch.where(exact == 0, torch.ones_like(exact), exact)
     if fmt.act_codec == "nv":
         token = top.amax(-2, keepdim=True)
-        unit = E4M3_MAX * reach / torch.where(token > 0, token, torch.ones_like(token)) if upper is None else upper.float()
+        unit = E4M3_MAX * reach / torch.where(token == 0, torch.ones_like(token), token) if upper is None else upper.float()
         eighth = fixed("e4m3", 8)
         codes = eighth.codes[eighth.nearest(exact * unit)].clamp(min=1)
-        kept = table("e4m3", 8)[codes] / unit
+        kept = torch.where(exact.isnan(), exact, table("e4m3", 8)[codes] / unit)
         return kept, kept
     return exact, (exact.half().float() if fmt.act_codec == "fp16" else exact)
 
@@ -92,4 +97,4 @@ def _nearest(steps: Tensor, fmt: Format) -> Tensor:
         bound = 2 ** (fmt.act_bits - 1) - 1
         return torch.round(steps).clamp_(-bound, bound)
     rungs = fixed(fmt.act_element, fmt.act_bits)
-    return rungs.values[rungs.nearest(steps)]
+    return torch.where(steps.isnan(), steps, rungs.values[rungs.nearest(steps)])

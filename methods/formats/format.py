@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -312,7 +313,10 @@ def parse_format(name: str) -> Format:
         )
     match = _NAME.fullmatch(name)
     if not match or (match["share"] and match["act"] == "16"):
-        raise ValueError(f"unknown format {name!r}; write {', '.join(DENSE_DTYPES)}, one of {', '.join(NAMED)}, or {GRAMMAR}")
+        near = difflib.get_close_matches(name, NAMED, 4) or list(NAMED)[:4]
+        raise ValueError(
+            f"unknown format {name!r}; write {', '.join(DENSE_DTYPES)}, a name such as {', '.join(near)}, or {GRAMMAR}"
+        )
     return _spelled(_read(match), name)
 
 

@@ -7,7 +7,9 @@ and a rotation of every value head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,24 +29,46 @@ WRITES_RESIDUAL = frozenset({"o", "down"})
 Change = tuple[nn.Parameter, Tensor]
 
 
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Types of a GGUF that hold any weight; what lies in them may have been on a grid before."""
+
+
 @dataclass(frozen=True)
 class Grid:
-    """Weights on a lattice of at most 2**bits levels in each block of 32; share: of the model's linears that are."""
+    """Weights on a lattice of at most 2**bits levels in each block; share: of the linears' weights; kinds: the types they are stored in."""
 
     bits: int
     share: float
+    kinds: tuple[str, ...] = ()
 
 
-def detect_grid(model: nn.Module, structure: Structure, n_rows: int = 16) -> Grid | None:
-    """The grid of at most 8 bits that most linears lie on, or None; `n_rows` rows of each linear are looked at.
+def bits_of(kind: str) -> int:
+    """Bits of the levels in a low-bit type of GGUF, by its name: 4 for `Q4_K`, 2 for ternary ones."""
+    ternary = kind.startswith(("TQ", "IQ1"))
+    return 2 if ternary else int(re.findall(r"\d+", kind)[0])
 
-    Knows no quantiser: in a block on a grid, all gaps between sorted weights are whole multiples of the smallest gap.
+
+def detect_grids(
+    model: nn.Module, structure: Structure, kinds: Mapping[str, str] | None = None, n_rows: int = 16
+) -> tuple[Grid, ...]:
+    """The grids of at most 8 bits that linears lie on, by bits, the fewest first; empty where all weights are free.
+
+    kinds: the GGUF type of a linear by its name, where it is known: a low-bit type is a grid by its name. Of others `n_rows` rows are
+    looked at, knowing no quantiser: in a block on a grid, all gaps between sorted weights are whole multiples of the smallest gap.
     """
-    found = [_bits(weight_of(model.get_submodule(layer.name)), n_rows) for _, layer in structure.layers()]
-    bits = [b for b in found if b is not None]
-    if len(bits) <= len(found) / 2:
-        return None
-    return Grid(min(bits), len(bits) / len(found))
+    weights: Counter[int] = Counter()
+    named: dict[int, Counter[str]] = defaultdict(Counter)
+    total = 0
+    for _, layer in structure.layers():
+        kind = (kinds or {}).get(layer.name)
+        n_weights = layer.d_in * layer.d_out
+        total += n_weights
+        known = kind is not None and kind not in FLOATS
+        bits = bits_of(str(kind)) if known else _bits(weight_of(model.get_submodule(layer.name)), n_rows)
+        if bits is not None:
+            weights[bits] += n_weights
+            named[bits].update({kind: n_weights} if kind else {})
+    return tuple(Grid(bits, weights[bits] / total, tuple(k for k, _ in named[bits].most_common())) for bits in sorted(weights))
 
 
 def float_offset_error(weight: Tensor, bits: int = 4, group: int = BLOCK) -> float:

@@ -5,57 +5,75 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from methods.atomic import sha256
-from methods.model.baseline import detect_grid, leave_grid_
+from methods.model.baseline import FLOATS, Grid, bits_of, detect_grids, leave_grid_
 from methods.model.describe import describe
 from methods.model.experts import unfuse_experts
+from methods.model.gguf_head import tie_again_
+from methods.model.gguf_header import Header, UnreadableGGUF, first_line, read_header
+from methods.model.gguf_metadata import Description, check_tensors, read_description
+from methods.model.gguf_rope import check_rope
+from methods.model.gguf_tokenizer import follow_
 from methods.model.quiet import quiet
 from methods.model.save import save
+from methods.model.structure import Structure
 from methods.model.weights import digest_of, not_finite
 
-RECIPE = "v1"
+__all__ = ["ORIGIN", "RECIPE", "UnreadableGGUF", "convert", "label"]
+
+RECIPE = "v2"
 """Changes whenever the conversion does, so that no old cache is mistaken for a new one."""
 
 ORIGIN = "origin.json"
 """Beside a converted model: `label`, `notes` and the `digest` of its weights."""
 
-FLOATS = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+DTYPES = {"F64": "fp32", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 
 
-class UnreadableGGUF(ValueError):
-    """A GGUF file that cannot be loaded; says why."""
+@dataclass(frozen=True)
+class _Read:
+    """A model as the file describes it, fp32; kinds: the type of each parameter in the file, fused experts by their fused name."""
+
+    model: Any
+    tokenizer: Any
+    kinds: Mapping[str, str]
 
 
 def convert(path: Path, cache: Path, log: Callable[[str], None]) -> Path:
     """The safetensors folder of a GGUF file, under `cache/models`, made on the first call (tens of seconds), whole or not at all.
 
-    Weights on a grid of at most 8 bits are moved off it (see `methods.model.baseline`) and stored in bf16; `origin.json`
-    says so. Raises UnreadableGGUF for corrupt files, those without a tokenizer and architectures that transformers cannot read.
+    Where a linear lies on a grid of at most 8 bits, all are moved off theirs (see `methods.model.baseline`) and stored in bf16;
+    `origin.json` says so. Raises UnreadableGGUF for corrupt files, those without a tokenizer, and those whose metadata or tensors
+    are not understood whole: what is converted computes what the file describes.
     """
     folder = cache / "models" / f"{sha256(path)[:16]}-{RECIPE}"
     if (folder / ORIGIN).exists():
         return folder
+    header = read_header(path)
+    description = read_description(header)
     log(f"converting {path.name} to {folder} (once)")
-    stored = _stored_type(path)
     with quiet():
-        model, tokenizer = _read(path)
-        damaged = not_finite(model)
+        read = _read(header, description)
+        damaged = not_finite(read.model)
         if damaged:
             raise UnreadableGGUF(f"{path}: {damaged} holds NaN or infinite values; the file is damaged, use another")
-        unfuse_experts(model)
-        notes = _off_grid(model, stored)
-        label = re.sub(rf"[.-]{stored}\w*$", "", path.stem, flags=re.IGNORECASE)
-        dtype = FLOATS.get(stored, "bf16")
-        shown = label if stored in FLOATS else f"{label}, dequantised from {stored}"
-        origin = {"label": shown, "notes": notes, "digest": digest_of(model, dtype)}
+        tied = tie_again_(read.model, header)
+        unfuse_experts(read.model)
+        structure = describe(read.model)
+        kinds = _by_linear(read, structure)
+        notes = [*([tied] if tied else []), *_off_grid(read.model, structure, kinds), *follow_(read.tokenizer, header)]
+        weights = _weights(structure, kinds)
+        dtype = "bf16" if set(weights) - FLOATS else DTYPES[weights.most_common(1)[0][0]]
+        origin = {"label": label(header, weights), "notes": notes, "digest": digest_of(read.model, dtype)}
         try:
-            save(model, tokenizer, folder, dtype, {ORIGIN: json.dumps(origin, indent=2) + "\n"})
+            save(read.model, read.tokenizer, folder, dtype, {ORIGIN: json.dumps(origin, indent=2) + "\n"})
         except OSError:
             # Another process converting the same file may have been first; its folder is as good.
             if not (folder / ORIGIN).exists():
@@ -64,83 +82,127 @@ def convert(path: Path, cache: Path, log: Callable[[str], None]) -> Path:
 
 
 def gguf_configuration(path: Path) -> tuple[Any, str]:
-    """Configuration and weight dtype of a GGUF file, from its metadata; raises UnreadableGGUF as `convert` does."""
+    """Configuration of transformers and weight dtype of a GGUF file, from its header alone; raises UnreadableGGUF as `convert` does."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    stored = _stored_type(path)
+    header = read_header(path)
+    description = read_description(header)
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name, local_files_only=True)
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError, TypeError) as error:
+            config = AutoConfig.for_model(**description.settings)
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UnreadableGGUF(
-            f"{path}: transformers cannot read this GGUF as a causal language model ({_line(error)})"
+            f"{path}: transformers cannot read this GGUF as a causal language model ({first_line(error)})"
         ) from error
-    return config, FLOATS.get(stored, "bf16")
+    kinds = Counter(tensor.kind for tensor in header.tensors.values() if len(tensor.shape) > 1)
+    return config, "bf16" if not kinds or set(kinds) - FLOATS else DTYPES[kinds.most_common(1)[0][0]]
 
 
-def _off_grid(model: Any, stored: str) -> list[str]:
-    structure = describe(model)
-    grid = detect_grid(model, structure)
-    if grid is None:
+def _off_grid(model: Any, structure: Structure, kinds: Mapping[str, str]) -> list[str]:
+    grids = detect_grids(model, structure, kinds)
+    if not grids:
         return []
     failed = leave_grid_(model, structure)
     return [
-        f"the file holds {grid.share:.0%} of the linears on a {grid.bits}-bit grid ({stored}), which a {grid.bits}-bit format could "
-        "reproduce without loss; channels were permuted and value heads rotated (the same function, seed 0) so that no result is "
-        "flattered, and losses are against this model, not against the original weights",
+        f"of the linears' weights {_shares(grids)}, which formats of as many bits could reproduce without loss; channels were permuted and "
+        "value heads rotated (the same function, seed 0) so that no result is flattered, and losses are against this model, not against "
+        "the original weights",
         *failed,
     ]
 
 
-def _stored_type(path: Path) -> str:
-    """The type of most weights (`Q4_1`, `F16`, …); checks that the file is whole and has a tokenizer."""
-    from gguf import GGUFReader
+def _shares(grids: tuple[Grid, ...]) -> str:
+    """`21% lie on a grid of 4 bits (Q4_K), 79% on a grid of 5 bits (Q5_0)`."""
+    parts = [f"{grid.share:.0%} {{}}on a grid of {grid.bits} bits ({', '.join(grid.kinds)})" for grid in grids]
+    return ", ".join(part.format("" if index else "lie ") for index, part in enumerate(parts))
+
+
+def _weights(structure: Structure, kinds: Mapping[str, str]) -> Counter[str]:
+    """Weights of the linears by the type that the file holds them in."""
+    counts: Counter[str] = Counter()
+    for _, layer in structure.layers():
+        counts[kinds[layer.name]] += layer.d_in * layer.d_out
+    return counts
+
+
+def label(header: Header, weights: Counter[str]) -> str:
+    """The file's name without its type, and what the linears were stored in unless that is a float type."""
+    name = re.sub(r"[.-](I?Q\d|TQ\d|MXFP4|NVFP4|BF16|F16|F32)\w*$", "", header.path.stem, flags=re.IGNORECASE)
+    if not set(weights) - FLOATS:
+        return name
+    return f"{name}, dequantised from {_file_type(header, weights) or '+'.join(kind for kind, _ in weights.most_common())}"
+
+
+def _file_type(header: Header, weights: Counter[str]) -> str | None:
+    """The mix that the file says it is (`Q4_K_M`), None where its linears are not that: the type that gives the mix its name must occur."""
+    from gguf import LlamaFileType
 
     try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
-        raise UnreadableGGUF(
-            f"{path}: not a readable GGUF file ({_line(error)}); it may be cut short, download it again"
-        ) from error
-    if "tokenizer.ggml.tokens" not in reader.fields:
-        raise UnreadableGGUF(f"{path}: the GGUF holds no tokenizer; use one that does, or a folder with tokenizer files")
-    counts: Counter[str] = Counter()
-    for tensor in reader.tensors:
-        if len(tensor.shape) > 1:
-            counts[tensor.tensor_type.name] += int(tensor.n_elements)
-    if not counts:
-        raise UnreadableGGUF(f"{path}: the GGUF holds no weight matrices; is it a vocabulary only?")
-    return counts.most_common(1)[0][0]
+        name = LlamaFileType(header.metadata.get("general.file_type", -1)).name.removeprefix("MOSTLY_")
+    except ValueError:
+        return None
+    if name in weights:
+        return name if weights.most_common(1)[0][0] == name and name not in FLOATS else None
+    family = name.split("_")[0] if name.startswith("IQ") else name.rsplit("_", 1)[0]
+    return name if any(kind.startswith(family) for kind in weights if kind not in FLOATS) else None
 
 
-def _read(path: Path) -> tuple[Any, Any]:
-    """Model (fp32, random generator untouched) and tokenizer.
+def _by_linear(read: _Read, structure: Structure) -> dict[str, str]:
+    """The type of each linear in the file, by its name; the experts of a layer are one tensor there."""
+    names = {layer.name: re.sub(r"\.experts\.\d+\.", ".experts.", layer.name) for _, layer in structure.layers()}
+    return {name: read.kinds.get(f"{stored}.weight") or read.kinds[stored] for name, stored in names.items()}
 
-    Takes transformers' reader of GGUF tensors rather than `from_pretrained`, which wants a further package and leaves a
-    quantizer on the model that then refuses to be saved.
+
+def _read(header: Header, description: Description) -> _Read:
+    """The model with all tensors of the file, random generator untouched, and the tokenizer.
+
+    Takes transformers' reader of GGUF tensors rather than `from_pretrained`, which wants a further package, leaves a quantizer on the
+    model that then refuses to be saved, and reads a few keys of the metadata only. Raises UnreadableGGUF.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    path = header.path
     place: dict[str, Any] = {
         "pretrained_model_name_or_path": str(path.parent),
         "gguf_file": path.name,
         "local_files_only": True,
     }
     try:
-        config = AutoConfig.from_pretrained(**place)
+        config = AutoConfig.for_model(**description.settings)
         with torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+        parameters = _parameters(model, header)
+        check_tensors(header, parameters)
         read = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)  # type: ignore[no-untyped-call]
         tokenizer = AutoTokenizer.from_pretrained(**place)
         lost = _fill(model, read["tensors"])
-    except (ValueError, KeyError, NotImplementedError, RuntimeError, OSError) as error:
+    except UnreadableGGUF:
+        raise
+    except (ValueError, KeyError, TypeError, NotImplementedError, RuntimeError, OSError, StrictDataclassError) as error:
         raise UnreadableGGUF(
-            f"{path}: transformers cannot read this GGUF as a causal language model ({_line(error)})"
+            f"{path}: transformers cannot read this GGUF as a causal language model ({first_line(error)})"
         ) from error
     if lost:
         raise UnreadableGGUF(f"{path}: weights for {', '.join(lost[:3])} are missing from the GGUF, {len(lost)} in all")
-    return model.eval().requires_grad_(False), tokenizer
+    check_rope(header, model, description.ropes)
+    # Of two tensors in one parameter, as gate and up of fused experts are, the coarser type counts.
+    finest_first = sorted(parameters, key=lambda name: -bits_of(header.tensors[name].kind))
+    kinds = {parameters[name]: header.tensors[name].kind for name in finest_first}
+    return _Read(model.eval().requires_grad_(False), tokenizer, kinds)
+
+
+def _parameters(model: Any, header: Header) -> dict[str, str]:
+    """The parameter that transformers' reader puts a tensor of the file into, by the tensor's name; others have no place."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    processor: Any = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
+    places = get_gguf_hf_weights_map(model, processor())
+    # Fused experts stand in the reader's map without the suffix.
+    found = {name: places.get(name) or places.get(name.removesuffix(".weight")) for name in header.tensors}
+    return {name: parameter for name, parameter in found.items() if parameter}
 
 
 def _fill(model: Any, tensors: dict[str, torch.Tensor]) -> list[str]:
@@ -150,7 +212,3 @@ def _fill(model: Any, tensors: dict[str, torch.Tensor]) -> list[str]:
     state = model.state_dict()
     filled = {state[name].data_ptr() for name in tensors if name in state}
     return [name for name in missing if state[name].data_ptr() not in filled]
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

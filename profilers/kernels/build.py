@@ -39,6 +39,9 @@ _ISA_NAMES = {3: "AVX512-VNNI and BF16", 2: "AVX512-VNNI", 1: "AVX2", 0: "portab
 """By what `isolatency_isa` of grouped.cpp returns."""
 
 
+MISSING = "no C++ compiler found; install g++ or clang++, or set CXX"
+
+
 class NoCompiler(RuntimeError):
     """The kernels cannot be compiled here; the message says why."""
 
@@ -71,29 +74,32 @@ def planning() -> Iterator[None]:
 
 
 def library(isa: Isa = "native") -> ctypes.CDLL:
-    """The compiled kernels; raises NoCompiler. While `planning`, where there is a compiler, a library without them."""
-    if _PLANNING.get() and compiler() is not None:
-        return ctypes.CDLL(None)
-    return _library(isa)
-
-
-@functools.cache
-def _library(isa: Isa) -> ctypes.CDLL:
-    """Compiled where they are not yet.
+    """The compiled kernels; raises NoCompiler, at once where they could not be built before. While `planning`, a library without them.
 
     OpenMP symbols are left to torch's own copy first: two thread pools would spin against each other. Then with the compiler's own
     OpenMP, then without.
     """
+    if _PLANNING.get() and compiler() is not None:
+        return ctypes.CDLL(None)
+    found = _loaded(isa)
+    if isinstance(found, str):
+        raise NoCompiler(found)
+    return found
+
+
+@functools.cache
+def _loaded(isa: Isa) -> ctypes.CDLL | str:
+    """The library, or why there is none."""
     cxx = compiler()
     if cxx is None:
-        raise NoCompiler("no C++ compiler found; install g++ or clang++, or set CXX")
+        return MISSING
     problem = ""
     for compile_flags, link_flags in ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), ((), ())):
         try:
             return ctypes.CDLL(str(_built(cxx, (*_MACHINE[isa], *compile_flags), link_flags)))
         except (OSError, subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             problem = str(getattr(error, "stderr", None) or error).strip()
-    raise NoCompiler(f"{cxx} could not build the kernels: {problem.splitlines()[0] if problem else 'no message'}")
+    return f"{cxx} could not build the kernels: {problem.splitlines()[0] if problem else 'no message'}"
 
 
 def compiled_for() -> str:

@@ -15,6 +15,7 @@ from profilers.kernels.int8_token import Int8Token
 from profilers.kernels.kernel import LinearKernel
 from profilers.kernels.lookup import LookUp
 from profilers.kernels.low_rank import LowRank, LowRankFused
+from profilers.kernels.native import refuses_build
 from profilers.kernels.sparse24 import Sparse24
 from profilers.kernels.tinygemm import Tinygemm
 from profilers.kernels.triton_grouped import TritonGrouped
@@ -75,3 +76,13 @@ def refusals(fmt: Format, n: int, k: int, m: int, target: Target) -> dict[str, s
     """Why each of the other kernels is not among them."""
     reasons = {entry.name: entry.supports(fmt, n, k, m, target) for entry in kernels(target)}
     return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def why_none(fmt: Format, n: int, k: int, m: int, target: Target) -> str:
+    """Why no kernel obeys a format at a shape: that the project's own cannot be compiled, where that is all, else two kernels' reasons."""
+    reasons = refusals(fmt, n, k, m, target)
+    build = refuses_build() if target.device == "cpu" else None
+    if build is not None and build in reasons.values():
+        return build
+    told = [f"{name}: {why}" for name, why in reasons.items() if fmt.dense or not isinstance(kernel(name), Dense)]
+    return "; ".join(told[:2])

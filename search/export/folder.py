@@ -129,7 +129,11 @@ def write_folder(
 
 
 def write_texts(staging: Path, loaded: LoadedModel, file: PolicyFile, contents: Mapping[str, Any]) -> None:
-    """Writes `policy.yaml` and JSON files by name into a folder that is being filled."""
+    """Writes `policy.yaml` and JSON files by name into a folder that is being filled.
+
+    To `losses.json` comes what the model's own checkpoint held beside it.
+    """
     atomic.write_text(staging / "policy.yaml", policy_file.render(file, loaded.structure))
-    for name, content in contents.items():
+    losses = [{"lost": "tensors", "why": loaded.left_out}] if loaded.left_out else []
+    for name, content in {**contents, "losses.json": [*contents["losses.json"], *losses]}.items():
         atomic.write_text(staging / name, json.dumps(content, indent=2) + "\n")

@@ -11,7 +11,10 @@ from torch import Tensor
 from methods import checkpoint, policy_file
 from methods.apply import Installer
 from methods.model.load import MARKER
+from methods.model.positions import learned_positions
+from methods.model.tokenizer import n_embeddings
 from search.export.registry import exporter
+from search.files import check_new_folder
 
 if TYPE_CHECKING:
     from methods.model.load import LoadedModel
@@ -34,9 +37,10 @@ def export_checkpoint(folder: Path, name: str, out: Path) -> Verification:
     """Exports a compressed checkpoint to the format `name` in `out`, loads that back and compares it with the checkpoint's weights.
 
     Raises ValueError for what the format cannot express and where the loaded model is another, CorruptCheckpoint as
-    `methods.checkpoint.read` does, FileExistsError where `out` holds something.
+    `methods.checkpoint.read` does, ConfigError where `out` holds something or nothing can be written there.
     """
     module = exporter(name)
+    check_new_folder(out, "--out")
     stored, loaded = checkpoint.read(folder), checkpoint.load_dense(folder)
     module.export(out, loaded, policy_file.parse(stored.policy_text, loaded.structure), stored.edits)
     with Installer(loaded.model, loaded.structure) as installer:
@@ -49,10 +53,11 @@ def export_checkpoint(folder: Path, name: str, out: Path) -> Verification:
 
 
 def sample_tokens(loaded: LoadedModel) -> Tensor:
-    """Token ids (1, t) of a plain text, as long as the model's positions go, or drawn with a fixed seed without a tokenizer."""
-    if loaded.tokenizer is None:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(loaded.structure.n_vocab, (1, 64), generator=generator)
-    config = loaded.model.config
-    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return torch.tensor([loaded.tokenizer(_TEXT)["input_ids"][:most]])
+    """Token ids (1, t) of a plain text, as long as the model reads it, or drawn with a fixed seed where it has no tokenizer for it."""
+    length, rows = learned_positions(loaded.model), n_embeddings(loaded.model)
+    if loaded.tokenizer is not None:
+        ids = torch.tensor([loaded.tokenizer(_TEXT)["input_ids"][:length]])
+        if int(ids.max()) < rows:
+            return ids
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(loaded.structure.n_vocab, (1, 64), generator=generator)[:, :length]

@@ -339,6 +339,34 @@ def test_activations_in_blocks() -> None:
     torch.testing.assert_close(quantize_activation(x, parse_format("nvfp4a4")), expected.view(3, 64))
 
 
+ROUNDING = (
+    *("w8a8-token", "w8a8-g64", "w5a4-token-g48", "q4_k", "q8_0"),
+    *("fp8-token", "fp8-tensor", "fp8-block", "mxfp4a4", "mxfp8a8", "mxfp6e2m3a6", "nvfp4a4"),
+)
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_no_number_never_becomes_one(name: str, value: float) -> None:
+    """The input itself and what shares its scale come out as NaN; other tokens with scales of their own are as without it."""
+    fmt, x = parse_format(name), random(3, 768)
+    broken = x.clone()
+    broken[1, 5] = value
+    found, sound = quantize_activation(broken, fmt), quantize_activation(x, fmt)
+    assert found[1, 5].isnan() and sound.isfinite().all()
+    if fmt.act_rows != -1:
+        assert torch.equal(found[[0, 2]], sound[[0, 2]])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_static_scales_keep_what_is_no_number(value: float) -> None:
+    fmt, x = parse_format("w8a8-tensor"), random(3, 768)
+    x[1, 5] = value
+    for parts in ({"act.scale": torch.tensor([0.1])}, {"act.scale": torch.tensor([0.1]), "act.offset": torch.tensor([-5.0])}):
+        found = quantize_activation(x, fmt, parts)
+        assert found[1, 5].isnan() and found.isnan().sum() == 1
+
+
 def test_one_scale_for_all_tokens() -> None:
     x = random(2, 5, 48)
     scale = x.abs().max() / 127

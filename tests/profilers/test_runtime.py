@@ -24,7 +24,7 @@ from profilers.target import local_cpu, local_cuda
 from profilers.timer import Sample, Samples, Timing
 from profilers.workload import Workload
 from tests.edits import edits_of
-from tests.tiny import tiny_model, tiny_tokens
+from tests.tiny import HIDDEN, INNER, tiny_model, tiny_tokens
 
 TARGET = local_cpu(1)
 FP32 = replace(TARGET, compute_dtype="fp32")
@@ -404,3 +404,19 @@ def test_a_stand_in_runs_the_kernels_of_its_formats_on_weights_of_its_own_in_eve
     assert torch.isfinite(_logits(made, tiny_tokens())).all()
     with pytest.raises(KeyError, match="no site"):
         runtime.stand_in({"nowhere": parse_format("w8a8-g16")})
+
+
+@pytest.mark.parametrize(("dtype", "compute", "names"), [
+    ("fp16", "bf16", ("dense fp16", "dense bf16, rounded from fp16", "eager fp32")),
+    ("fp32", "bf16", ("dense fp32", "dense bf16, rounded from fp32", "eager fp32")),
+    ("bf16", "bf16", ("dense bf16", "eager fp32")),
+    ("fp16", "fp32", ("dense fp16", "eager fp32")),
+])  # fmt: skip
+def test_the_baseline_is_what_people_would_run_and_is_named_as_that(dtype: str, compute: str, names: tuple[str, ...]) -> None:
+    """A checkpoint in fp16 is multiplied in fp32 where a CPU has no such products: rounded to bf16 it is the faster dense model."""
+    model = tiny_model("llama")
+    found = dense_candidates(model, describe(model, dtype), replace(TARGET, compute_dtype=compute))
+    assert tuple(found) == names
+    if len(names) == 3:
+        site = found[names[1]].get_submodule("model.layers.0.mlp.down_proj").site  # type: ignore[union-attr]
+        assert site.few.size_bytes() == 2 * HIDDEN * INNER

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from search.cli import main
+from search.cli import _parser, main
+from search.config import from_arguments, to_toml
 from tests.search.run_server import fixed_prices, one_core
 from tests.tiny import save_tiny
 
@@ -178,7 +179,7 @@ FLAGS: list[tuple[list[object], str]] = [
     (["--workload", "decode:ctx=8"], "ctx"),
     (["--formats", "w9a16"], "bits=9"),
     (["--formats", "int4"], "unknown format 'int4'"),
-    (["--methods", "gtpq"], "did you mean gptq"),
+    (["--methods", "gtpq"], "--methods gtpq: no method 'gtpq'; did you mean gptq"),
     (["--methods", "gptq:colour=red"], "colour"),
     (["--methods", "gptq:fitter=best"], "best"),
     (["--transform", "quart"], "--transform quart"),
@@ -199,6 +200,9 @@ FLAGS: list[tuple[list[object], str]] = [
     (["--data", "search=a.txt", "--data", "search=b.txt"], "'search' has a source already"),
     (["--data", "search=a.txt"], "no text for calibrate"),
     (["--tasks", "nowhere.yaml"], "no such file: nowhere.yaml"),
+    (["--size", "10kB"], "--size 10kB cannot be met: the smallest legal policy takes"),
+    (["--memory", "10kB"], "--memory 10kB cannot be met: the smallest legal policy takes"),
+    (["--cache", "/dev/null/cache"], "--cache /dev/null/cache: nothing can be written there"),
     (["--export", "onnx"], "onnx"),
     (["--config", "nowhere.toml"], "--config nowhere.toml"),
     (["--store", "oracle+none://host/db"], "oracle"),
@@ -210,12 +214,46 @@ FLAGS: list[tuple[list[object], str]] = [
 """Flags of a run of a sound model, and what the error says."""
 
 
+def study_without_answer(place: Place) -> bool:
+    """A study's folder, before its run got anywhere."""
+    arguments = [str(argument) for argument in place.run("--study", "e")]
+    parsed = _parser().parse_args(arguments)
+    return bool(place.file("results/e/config.toml", to_toml(from_arguments(parsed))))
+
+
 def bad_flags() -> list[Bad]:
     """The flags above as commands."""
     return [(" ".join(map(str, flags)), lambda p, flags=flags: p.run(*flags), says) for flags, says in FLAGS]  # type: ignore[misc]
 
 
 INPUTS: list[Bad] = [
+    (
+        "exports where a file lies",
+        lambda p: (
+            p.run("--study", "e", "--export", "dense") if p.file("results/e/exports", "") and study_without_answer(p) else []
+        ),
+        "exports/dense: nothing can be written there",
+    ),
+    (
+        "a table into a folder that is a file",
+        lambda p: ["profile", "--plan", "1", "--out", p.file("f", "") / "t.parquet"],
+        "f is a file",
+    ),
+    (
+        "an export into nowhere",
+        lambda p: ["export", p.checkpoint(), "--format", "dense", "--out", p.file("f", "") / "x"],
+        "f is a file",
+    ),
+    (
+        "materialize into a file",
+        lambda p: ["materialize", p.policy(), "--out", p.file("f", ""), "--model", p.own / "nothing"],
+        "exists and is not empty",
+    ),
+    (
+        "a task file that names code",
+        lambda p: p.run("--tasks", p.file("t.yaml", "task: a\nprocess_docs: !function utils.f\n")),
+        "names the Python function utils.f, which would run here",
+    ),
     ("a TOML that is none", lambda p: p.run("--config", p.file("c.toml", "latency = 0.9x")), "not TOML"),
     ("a TOML of another program", lambda p: p.run("--config", p.file("c.toml", "colour = 'red'")), "unknown name 'colour'"),
     ("a TOML value of another type", lambda p: p.run("--config", p.file("c.toml", "seed = 'one'")), "seed = 'one' is not int"),

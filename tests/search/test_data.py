@@ -8,15 +8,13 @@ import torch
 
 from search.config import RunConfig
 from search.data import (
-    TEXT,
-    DataError,
     parse_sources,
-    read_documents,
     remove_shared_lines,
     roles_from_text,
     split_documents,
     tokenize,
 )
+from search.documents import TEXT, DataError, read_documents
 
 SHARES = {"calibrate": 4, "search": 2, "validate": 2, "report": 2}
 
@@ -140,3 +138,10 @@ def test_corpora_carry_hashes_of_their_tokens(tmp_path) -> None:
     assert {c.sha256 for c in corpora.values()} == {c.sha256 for c in corpora.values() if len(c.sha256) == 16}
     assert len({c.sha256 for c in corpora.values()}) == 4
     assert all(c.tokens.shape == torch.Size([4, 32]) and not c.generated for c in corpora.values())
+
+
+def test_too_short_a_text_says_that_repetitions_count_once(tmp_path) -> None:
+    path = tmp_path / "again.txt"
+    path.write_text("the same line over and over, as long as it takes to be compared with others\n" * 4000)
+    with pytest.raises(DataError, match=r"too short: \d+ tokens .* \(39\d\d of its 4000 lines repeat others and count once\)"):
+        roles_from_text(dict.fromkeys(SHARES, str(path)), WordTokenizer(), dict.fromkeys(SHARES, 40), 32, seed=0)

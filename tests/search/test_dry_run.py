@@ -32,7 +32,7 @@ def nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
         "profilers.timer.take",
     ):
         monkeypatch.setattr(name, never)
-    monkeypatch.setattr(build, "_library", never)
+    monkeypatch.setattr(build, "_loaded", never)
 
 
 def dry(model: Path, folder: Path, *flags: str) -> int:
@@ -89,11 +89,11 @@ def test_more_work_takes_longer_and_a_larger_model_more_memory(tmp_path: Path) -
 
 
 def test_while_planning_a_compiler_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "_library", lambda _: pytest.fail("compiled"))
+    monkeypatch.setattr(build, "_loaded", lambda _: pytest.fail("compiled"))
     with planning():
         assert library() is not None
         monkeypatch.setattr(build, "compiler", lambda: None)
-        monkeypatch.setattr(build, "_library", _no_compiler)
+        monkeypatch.setattr(build, "_loaded", _no_compiler)
         with pytest.raises(NoCompiler):
             library()
 

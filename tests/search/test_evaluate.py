@@ -1,7 +1,8 @@
 """True quality: KL divergence and perplexity against a slow, whole-logits version; nothing computed twice."""
 
-import json
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from methods import catalogue
 from methods.apply import Installer, site_view
 from methods.model.describe import describe
 from methods.policy import Decision, Policy
-from search.evaluate import Evaluator, Switch, lm_eval_tasks, paired, stderr
-from tests.tiny import tiny_model, tiny_tokenizer
+from search.evaluate import Evaluator, NotFinite, Switch, paired, stderr
+from tests.tiny import tiny_model
 
 DECISION = Decision.of("rtn", format="w3a8-token")
 
@@ -104,36 +105,17 @@ def test_two_corpora_share_one_model(setting) -> None:
     assert second.evaluate_edits(edits).kl == pytest.approx(second.evaluate(policy).kl)
 
 
-def test_a_local_task_file_is_scored_by_lm_eval(tmp_path) -> None:
-    """The score of a two-choice task is what the model's own likelihoods of the choices say."""
-    documents = [{"question": f"a b {'c ' * i}", "label": i % 2} for i in range(6)]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
-    (tmp_path / "choice.yaml").write_text(
-        f"""task: tiny_choice
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {tmp_path / "data.jsonl"}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: ["d", "e"]
-doc_to_target: "{{{{label}}}}"
-metric_list:
-  - metric: acc
-"""
-    )
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    scores = lm_eval_tasks(model, tokenizer, [str(tmp_path / "choice.yaml")], limit=0)
-    right = 0
-    for document in documents:
-        likelihoods = []
-        for choice in ("d", "e"):
-            context = tokenizer(document["question"].rstrip(), add_special_tokens=False)["input_ids"]
-            ids = tokenizer(document["question"].rstrip() + " " + choice, add_special_tokens=False)["input_ids"]
-            with torch.inference_mode():
-                log_p = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-            likelihoods.append(sum(float(log_p[i - 1, ids[i]]) for i in range(len(context), len(ids))))
-        right += likelihoods.index(max(likelihoods)) == document["label"]
-    assert set(scores) == {"tiny_choice"}
-    assert scores["tiny_choice"]["acc"] == pytest.approx(right / len(documents))
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_computes_no_number_is_no_result_and_its_layer_is_named(setting, value) -> None:
+    model, structure, tokens, edit_of, _ = setting
+    site = structure.sites[2]
+    edit = edit_of(site.name, DECISION)
+    layer = site.layers[-1].name
+    broken = edit.linears[layer].dense.clone()
+    broken[1, 2] = value
+    edits = {site.name: replace(edit, linears={**edit.linears, layer: replace(edit.linears[layer], dense=broken)})}
+    evaluator = Evaluator(Switch(model, structure, edit_of), tokens)
+    with pytest.raises(NotFinite, match=f"from {re.escape(layer)} on"):
+        evaluator.evaluate_edits(edits)
+    evaluator.dense()
+    assert evaluator.evaluate(Policy(), 1).kl == pytest.approx(0, abs=1e-6)

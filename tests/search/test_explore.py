@@ -12,7 +12,7 @@ import torch
 from methods.policy import Decision, Policy
 from search.budget import Budget
 from search.config import RunConfig
-from search.evaluate import Quality
+from search.evaluate import NotFinite, Quality
 from search.explore import FIRST_STAGE, Truth, _Search
 from search.progress import Progress
 from search.study import Store, TrialRecord
@@ -79,6 +79,20 @@ def test_an_evaluation_without_memory_is_one_failed_trial(tmp_path: Path) -> Non
     assert [record.policy for record in store.records()] == [POLICIES[0], POLICIES[2], POLICIES[3]]
     assert truth.failed == {POLICIES[1].key(): failure.reason}
     assert [item.policy for item in search.promoted(1)] == [POLICIES[0], POLICIES[2]]  # the last one does not fit
+
+
+def test_a_model_that_breaks_is_one_failed_trial_with_its_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    truth, store, search, _ = setting(tmp_path, model)
+
+    def broken(policy: Policy, n: int) -> Quality:
+        raise NotFinite("the model computes NaN or infinity from model.layers.3.mlp.down_proj on")
+
+    monkeypatch.setattr(model, "evaluate", broken)
+    assert search.evaluate("candidate", POLICIES[1], simple=False).kl == math.inf
+    (failure,) = store.failures()
+    assert failure.policy == POLICIES[1] and failure.reason.endswith("from model.layers.3.mlp.down_proj on")
+    assert model.restored == 1 and truth.failed == {POLICIES[1].key(): failure.reason}
 
 
 def test_what_is_no_lack_of_memory_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from search.config import ConfigError, RunConfig, read_toml
-from search.folder import LOCK, Busy, held, open_study
+from search.files import check_new_folder, check_place
+from search.folder import LOCK, Busy, check_places, held, open_study
 
 
 def config(folder: Path, **other: object) -> RunConfig:
@@ -34,6 +35,33 @@ def test_what_a_killed_run_left_is_gone_and_a_lock_alone_is_no_stranger(tmp_path
     (tmp_path / "s" / "bank").rmdir()
     with open_study(config(tmp_path)) as folder:
         assert sorted(path.name for path in folder.iterdir()) == ["config.toml", LOCK]
+
+
+def test_places_are_tried_and_left_as_they_are(tmp_path: Path) -> None:
+    for path in (tmp_path / "a" / "b", tmp_path, tmp_path / "new"):
+        check_place(path, "--out")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "f").touch()
+    check_place(tmp_path / "f", "--out")
+    with pytest.raises(ConfigError, match=r"--out .*f/g/h: nothing can be written there \(.*f is a file\)"):
+        check_place(tmp_path / "f" / "g" / "h", "--out")
+    with pytest.raises(ConfigError, match="nothing can be written there"):
+        check_place(Path("/proc/nowhere/deep"), "--out")
+    (tmp_path / "d").mkdir()
+    check_new_folder(tmp_path / "d", "--out")
+    (tmp_path / "d" / "x").touch()
+    for taken in ("d", "f"):
+        with pytest.raises(ConfigError, match="exists and is not empty"):
+            check_new_folder(tmp_path / taken, "--out")
+
+
+@pytest.mark.parametrize("name", ["steps", "bank", "models", "answers", "policies", "exports"])
+def test_a_file_where_a_run_will_write_is_found_before_it_works(tmp_path: Path, name: str) -> None:
+    with open_study(config(tmp_path)) as folder:
+        check_places(config(tmp_path, export=("dense",)))
+        (folder / name).touch()
+        with pytest.raises(ConfigError, match=f"--results .*{name}.*: nothing can be written there"):
+            check_places(config(tmp_path, export=("dense",)))
 
 
 def test_a_password_is_not_written_down(tmp_path: Path) -> None:

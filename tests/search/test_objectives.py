@@ -15,9 +15,10 @@ from methods.policy import DENSE, Decision, Policy
 from predictors.assumed import AssumedMap
 from profilers.workload import Workload, parse_workload
 from search.config import ConfigError, RunConfig, from_arguments
-from search.finalists import Finalist, Met, told_of
+from search.finalists import Finalist, Met
 from search.limits import binding, median_limit, reached_bytes, tightened, under
 from search.objectives import ByteLimit, Objectives, file_name, parse_bytes, parse_objective
+from search.outcome import told_of
 from search.prepared import Option, Prepared, SiteOptions, WorkloadCost
 from search.progress import Progress
 from search.run import settled

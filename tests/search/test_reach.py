@@ -51,8 +51,8 @@ def run(model: Path, folder: Path, *flags: str) -> int:
     ("flags", "named"),
     [
         (("--latency", "0.01x"), "--latency 0.01x"),
-        (("--latency", "1x", "--size", "1kB"), "size=1kB"),
-        (("--latency", "1x", "--ttft", "1us"), "ttft=0.001ms"),
+        (("--latency", "1x", "--size", "1kB"), "--size 1kB"),
+        (("--latency", "1x", "--ttft", "1us"), "--ttft 0.001ms"),
     ],
 )
 def test_what_no_policy_reaches_is_refused_before_text_and_calibration(

@@ -124,7 +124,7 @@ def test_another_objective_uses_what_is_known(study) -> None:
     """Re-solving reads no model; only the validation that follows does."""
     config, _ = study
     code = (
-        "import sys\nfrom pathlib import Path\nfrom search.run import *\n"
+        "import sys\nfrom pathlib import Path\nfrom search.run import *\nfrom search.resolved import resolve\n"
         "from search.config import RunConfig, read_toml\nfrom search.folder import study_key\n"
         f"c = RunConfig(**{{**read_toml(Path({str(config.folder / 'config.toml')!r})), 'latency': '0.95x'}})\n"
         "p = Prepared.from_json(Steps(c.folder / 'steps').get('prepared', study_key(c)))\n"

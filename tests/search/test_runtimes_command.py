@@ -10,8 +10,10 @@ import pytest
 from methods.formats.format import parse_format
 from methods.model.structure import LayerSpec, Site, Structure
 from search.cli import main
+from search.config import ConfigError, RunConfig
 from search.export.registry import EXPORTERS, exporter
 from search.method_list import WIDTH
+from search.reference import _parsers
 from search.runtime_list import _SITE, formats, listing, rows
 from spaces.runtimes import DEFAULT_FORMATS, RUNTIMES, runtime
 from spaces.space import build
@@ -86,3 +88,13 @@ def test_it_needs_no_torch() -> None:
     code = "import sys; from search.cli import main; main(['runtimes']); sys.exit('torch' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_a_run_takes_every_runtime_that_the_documents_name_and_no_other() -> None:
+    """The reference's tables and `search runtimes` are what `--runtime` takes."""
+    (action,) = (a for a in _parsers()["run"]._actions if a.dest == "runtime")
+    assert set(action.choices or ()) == set(RUNTIMES) == set(DEFAULT_FORMATS) == {row["runtime"] for row in rows()}
+    for name in RUNTIMES:
+        assert RunConfig(runtime=name).runtime == name
+    with pytest.raises(ConfigError, match="--runtime 'onnx': use one of isolatency, transformers"):
+        RunConfig(runtime="onnx")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from methods.model.baseline import detect_grid, float_offset_error, leave_grid_
+from methods.model.baseline import Grid, bits_of, detect_grids, float_offset_error, leave_grid_
 from methods.model.describe import describe
 from methods.model.trace import logits_of
 from methods.model.weights import set_weight, weight_of
@@ -44,15 +44,45 @@ def test_grids_are_detected(rounding, bits):
     model = tiny_model("llama")
     structure = describe(model)
     _put_on_grid(model, structure, rounding, bits)
-    grid = detect_grid(model, structure)
-    assert grid is not None
-    assert (grid.bits, grid.share) == (bits, 1.0)
+    assert detect_grids(model, structure) == (Grid(bits, 1.0),)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_ordinary_weights_are_on_no_grid(dtype):
     model = tiny_model("gpt2").to(dtype).float()
-    assert detect_grid(model, describe(model)) is None
+    assert detect_grids(model, describe(model)) == ()
+
+
+def test_shares_are_of_weights_and_by_bits():
+    """A tiny llama's linears hold 27,648 weights of attention and 46,080 of MLP in each block; down is a third of the latter."""
+    model = tiny_model("llama")
+    structure = describe(model)
+    for layer in _in_blocks(structure):
+        if layer.kind in ("v", "down"):
+            module = model.get_submodule(layer.name)
+            weight = weight_of(module)
+            set_weight(module, _symmetric(weight.reshape(-1, 32), 4 if layer.kind == "v" else 3).reshape(weight.shape))
+    # Three bits without an offset are seven levels, four bits fifteen.
+    assert detect_grids(model, structure) == (Grid(3, 15360 / 73728), Grid(4, 4608 / 73728))
+
+
+def test_a_type_is_a_grid_by_its_name():
+    """Types whose blocks the weights do not show, here free ones; a float type is looked at."""
+    model = tiny_model("llama")
+    structure = describe(model)
+    kinds = {
+        layer.name: {"down": "Q6_K", "up": "IQ4_XS", "v": "Q4_K"}.get(layer.kind, "F16") for _, layer in structure.layers()
+    }
+    found = detect_grids(model, structure, kinds)
+    assert [(grid.bits, grid.kinds) for grid in found] == [(4, ("IQ4_XS", "Q4_K")), (6, ("Q6_K",))]
+    assert [grid.share for grid in found] == [pytest.approx((15360 + 4608) / 73728), pytest.approx(15360 / 73728)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [("Q4_K", 4), ("Q8_0", 8), ("IQ3_XXS", 3), ("TQ1_0", 2), ("IQ1_M", 2), ("MXFP4", 4), ("Q1_0", 1)]
+)
+def test_bits_of_a_type(kind, bits):
+    assert bits_of(kind) == bits
 
 
 @pytest.mark.parametrize(("top", "bits"), [(255, 8), (256, None)])
@@ -63,8 +93,7 @@ def test_a_grid_has_at_most_eight_bits(top, bits):
         levels = torch.randint(0, top, (layer.d_out, layer.d_in // 32, 32), generator=torch.Generator().manual_seed(0))
         levels[..., :3] = torch.tensor([0, 1, top])
         set_weight(model.get_submodule(layer.name), 0.37 * levels.flatten(1).float())
-    grid = detect_grid(model, structure)
-    assert (grid and grid.bits) == bits
+    assert [grid.bits for grid in detect_grids(model, structure)] == ([bits] if bits else [])
 
 
 def test_float_offset_error_by_hand():
@@ -90,7 +119,7 @@ def test_leaving_the_grid_keeps_the_function(arch):
     assert torch.allclose(found, expected, atol=1e-4)
     assert not torch.equal(found, expected)
     assert min(_errors(model, structure)) > 0.07
-    assert detect_grid(model, structure) is None
+    assert detect_grids(model, structure) == ()
     assert describe(model) == structure
 
 

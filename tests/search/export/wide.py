@@ -23,8 +23,8 @@ IDS = tiny_tokens(2, 40)
 HIDDEN, INNER = 128, 192
 
 
-def wide_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> LoadedModel:
-    """A llama of three blocks with grouped queries (128, 64 and 64 outputs), tied, in `dtype`."""
+def wide_model(folder: Path, dtype: torch.dtype = torch.bfloat16, *, biases: bool = True) -> LoadedModel:
+    """A llama of three blocks with grouped queries (128, 64 and 64 outputs), tied, in `dtype`; biases: of its attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -35,7 +35,7 @@ def wide_model(folder: Path, dtype: torch.dtype = torch.bfloat16) -> LoadedModel
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.08,
-        attention_bias=True,
+        attention_bias=biases,
         tie_word_embeddings=True,
         dtype=dtype,
     )
