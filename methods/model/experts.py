@@ -77,7 +77,7 @@ def unfuse_experts(model: nn.Module) -> int:
     The linears are views of the fused tensors, so nothing is copied. Paths become `….experts.<e>.gate_up_proj` and
     `….experts.<e>.down_proj`. Raises UnsupportedModel for another layout (biases, transposed, ungated) before anything is replaced.
     """
-    found = {name: module for name, module in model.named_modules() if _holds_stacked_weights(module)}
+    found = {name: module for name, module in model.named_modules() if _holds_experts(module)}
     replacements = {name: _unfused(name, module) for name, module in found.items()}
     for name, replacement in replacements.items():
         stock = replacement.stock
@@ -114,9 +114,10 @@ def _linear(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def _holds_stacked_weights(module: nn.Module) -> bool:
-    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return not convolution and any(p.dim() == 3 for p in module.parameters(recurse=False))
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether the module stacks the down projections of experts; other tensors of three dimensions are no experts'."""
+    down = dict(module.named_parameters(recurse=False)).get("down_proj")
+    return down is not None and down.dim() == 3
 
 
 def _unfused(name: str, stock: nn.Module) -> UnfusedExperts:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from methods.model.attention import check_alike
 from methods.model.describe import describe
-from methods.model.experts import unfuse_experts
+from methods.model.experts import UnsupportedModel, unfuse_experts
 from methods.model.gguf import ORIGIN, convert
+from methods.model.multimodal import language_model, what, whole_class
 from methods.model.quiet import quiet
 from methods.model.structure import Structure
 from methods.model.tokenizer import read_tokenizer
@@ -123,9 +126,13 @@ def _from_hub(name: str, log: Callable[[str], None]) -> Path:
 
 
 def _from_folder(folder: Path, source: str, label: str, notes: tuple[str, ...]) -> LoadedModel:
-    _check_config(folder)
+    config = _check_config(folder)
     dtype = _stored_dtype(folder)
-    model, tokenizer = _read(folder)
+    whole = whole_class(config)
+    model, tokenizer = _read(folder, whole)
+    if whole is not None:
+        model, note = _language_model(folder, config, model)
+        notes = (*notes, note)
     if tokenizer is None:
         notes = (*notes, "the model has no tokenizer: it can be searched on text that it writes itself, but reads no other")
     damaged = not_finite(model)
@@ -136,8 +143,8 @@ def _from_folder(folder: Path, source: str, label: str, notes: tuple[str, ...]) 
     return LoadedModel(model, tokenizer, describe(model, dtype), source, label, digest_of(model, dtype), notes)
 
 
-def _check_config(folder: Path) -> None:
-    """Raises where the folder is not a plain checkpoint of a causal language model that transformers knows."""
+def _check_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; raises where it is not of a plain checkpoint with a causal language model that transformers knows."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if (folder / MARKER).exists():
@@ -159,11 +166,14 @@ def _check_config(folder: Path) -> None:
         raise LoadError(f"{folder}: already quantized (quantization_config); give the unquantized checkpoint")
     kind, classes = str(config.get("model_type")), config.get("architectures") or []
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    if whole_class(config) is not None:
+        return config
     if causal is None or (classes and not set(classes) & ({causal} if isinstance(causal, str) else set(causal))):
         raise LoadError(
             f"{folder}: model_type={kind!r} with architectures={classes} is no causal language model that this transformers knows; "
             "use a decoder-only model, or upgrade transformers"
         )
+    return config
 
 
 def _stored_dtype(folder: Path) -> str:
@@ -194,26 +204,53 @@ def _stored_dtype(folder: Path) -> str:
     return WEIGHT_DTYPES[kind]
 
 
-def _read(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
+def _read(folder: Path, whole: str | None) -> tuple[Any, Any]:
+    """The model, of the class `whole` where that is given, and the tokenizer."""
+    import transformers
 
-    auto: Any = AutoModelForCausalLM
-    try:
-        with quiet():
-            model, info = auto.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-            )
-            tokenizer = read_tokenizer(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise LoadError(
-            f"{folder}: transformers cannot load it ({_line(error)}); check config.json and the tokenizer files"
-        ) from error
+    auto: Any = transformers.AutoModelForCausalLM if whole is None else getattr(transformers, whole)
+    with _understood(folder):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config(decoder=True)
+    check_alike(config, str(folder))
+    with _understood(folder):
+        model, info = auto.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+        tokenizer = read_tokenizer(folder)
     missing = sorted(info["missing_keys"])
     if missing:
         raise LoadError(
             f"{folder}: no weights for {', '.join(missing[:3])} ({len(missing)} in all); the checkpoint is incomplete"
         )
     return model, tokenizer
+
+
+@contextlib.contextmanager
+def _understood(folder: Path) -> Iterator[None]:
+    """What transformers raises of a folder, as a LoadError; it says nothing else meanwhile."""
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        raise LoadError(
+            f"{folder}: transformers cannot load it ({_line(error)}); check config.json and the tokenizer files"
+        ) from error
+
+
+def _language_model(folder: Path, config: Mapping[str, Any], whole: Any) -> tuple[Any, str]:
+    """The language model inside a multimodal one, and what to tell of it."""
+    name = what(config)
+    whole.eval()
+    try:
+        model = language_model(whole)
+    except UnsupportedModel as error:
+        raise LoadError(
+            f"{folder}: {name}; its language model alone can be compressed, but {error}; give a text-only checkpoint of it"
+        ) from error
+    left = sum(p.numel() for p in whole.parameters()) - sum(p.numel() for p in model.parameters())
+    return model, (
+        f"{name}: its language model alone, {type(model).__name__}, is compressed and exported; the {left:,} weights beside it are left out"
+    )
 
 
 def _line(error: BaseException) -> str:
