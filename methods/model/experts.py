@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ STOCK_LAYOUT = {
     "has_post_expert_norm": False,
 }
 """The layout understood: gate over up in one (E, 2 I, H) tensor, down (E, H, I), no biases."""
+
+STACKED = ("gate_up_proj", "down_proj")
+"""The tensors of a fused experts module."""
 
 
 class UnsupportedModel(ValueError):
@@ -67,7 +71,7 @@ class UnfusedExperts(nn.ModuleList):
 
     def fused(self) -> dict[str, Tensor]:
         """`gate_up_proj` (E, 2 I, H) and `down_proj` (E, H, I) of the stock module, copied."""
-        return {name: torch.stack([weight_of(getattr(e, name)) for e in self]) for name in ("gate_up_proj", "down_proj")}
+        return {name: torch.stack([weight_of(getattr(e, name)) for e in self]) for name in STACKED}
 
 
 @torch.no_grad()
@@ -96,14 +100,23 @@ def fuse_experts(model: nn.Module) -> int:
     return len(found)
 
 
-def stock_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors under the names that stock transformers gives them (experts fused); the model stays as it is."""
-    state = dict(model.state_dict())
+def stock_state_dict(model: nn.Module, replaced: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Tensor]:
+    """The model's tensors under the names that stock transformers gives them (experts fused); the model stays as it is.
+
+    replaced: tensors, by the names of the unfused model, that stand in for its own.
+    """
+    return stacked(model, {**model.state_dict(), **replaced})
+
+
+def stacked(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names of a model with unfused experts -> by those of stock transformers, all experts of a layer in one."""
+    result = dict(state)
     for name, module in model.named_modules():
         if isinstance(module, UnfusedExperts):
-            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-            state.update({f"{name}.{key}": value for key, value in module.fused().items()})
-    return state
+            own = {key: result.pop(key) for key in list(result) if key.startswith(f"{name}.")}
+            for leaf in STACKED:
+                result[f"{name}.{leaf}"] = torch.stack([own[f"{name}.{index}.{leaf}.weight"] for index in range(len(module))])
+    return result
 
 
 def _linear(weight: Tensor) -> nn.Linear:
