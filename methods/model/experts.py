@@ -100,6 +100,27 @@ def fuse_experts(model: nn.Module) -> int:
     return len(found)
 
 
+@torch.no_grad()
+def experts_per_token(model: nn.Module, ids: Tensor) -> int:
+    """The most experts of a layer that a token visits, watched on ids (1, t); 0 in a model without (unfused) experts.
+
+    Configurations call it by many names, and some list one number for each layer.
+    """
+    seen = [0]
+
+    def note(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        seen.append((args[1] if len(args) > 1 else kwargs["top_k_index"]).shape[-1])
+
+    handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules() if isinstance(m, UnfusedExperts)]
+    try:
+        if handles:
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(seen)
+
+
 def stock_state_dict(model: nn.Module, replaced: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Tensor]:
     """The model's tensors under the names that stock transformers gives them (experts fused); the model stays as it is.
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from methods import checkpoint
 from methods.model.load import LoadError, load
 from methods.model.multimodal import language_model, whole_class
 from methods.model.trace import logits_of
@@ -133,6 +134,18 @@ def test_what_is_exported_is_the_language_model(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     dense.export(plain, loaded, PolicyFile(Policy()), {})
     assert load(str(plain), tmp_path / "cache").digest == loaded.digest
+
+
+def test_its_checkpoint_is_read_again(tmp_path: Path) -> None:
+    loaded = load(str(_saved(tmp_path / "whole", _whole(_qwen2_5))), tmp_path / "cache")
+    policy, edits = edits_of(loaded.model, loaded.structure, {loaded.structure.sites[1].name: "w4a16-g16"})
+    checkpoint.write(tmp_path / "own", loaded, PolicyFile(policy), edits)
+    again = checkpoint.load_dense(tmp_path / "own")
+    assert again.structure == loaded.structure
+    (layer,) = loaded.structure.sites[1].layers
+    assert torch.equal(
+        again.model.get_submodule(layer.name).weight, edits[loaded.structure.sites[1].name].linears[layer.name].dense
+    )
 
 
 def test_a_text_model_that_computes_something_else_is_refused(tmp_path: Path) -> None:
