@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -89,18 +91,23 @@ def compare(
     nll_tolerance: float,
     load: Callable[[Path], tuple[Any, Mapping[str, Any]]] = _stock_fp32,
     weights: Callable[[Any], Mapping[str, Tensor]] = _tensors,
+    rounded: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> Verification:
     """Loads the folder in a runtime that computes in fp32 and compares every tensor of the reference with its own.
 
     reference: a model in fp32 with the edits installed; linears: the compressed ones by name; weights have to be equal bit for bit.
+    rounded: tensors, by stock names, that the runtime rounds to a dtype whatever it computes in.
     load, weights: the model with `stock`'s information, and its decoded tensors by the reference's names. The forward pass comes
     first: compressed-tensors decompresses then.
     """
-    expected = nll(reference, ids)
     model, info = load(folder)
+    with _same_buffers(reference, model):
+        expected = nll(reference, ids)
     with quiet():
         found = nll(model, ids)
-    diff, worst = _largest_difference(stock_state_dict(reference), weights(model))
+    evaluated = stock_state_dict(reference)
+    evaluated |= {name: evaluated[name].to(dtype) for name, dtype in rounded.items()}
+    diff, worst = _largest_difference(evaluated, weights(model))
     problems = [
         f"{kind.replace('_', ' ')}: {sorted(info[kind])[:3]}" for kind in ("missing_keys", "unexpected_keys") if info[kind]
     ]
@@ -110,6 +117,31 @@ def compare(
         problems.append(f"loss {found:.4f} instead of {expected:.4f} nats per token, more than {nll_tolerance} apart")
     message = "; ".join(problems) or f"all tensors are equal, {len(linears)} of them compressed linears"
     return Verification(diff, expected, found, len(linears), not problems, message)
+
+
+@contextlib.contextmanager
+def _same_buffers(reference: Any, model: Any) -> Iterator[None]:
+    """The reference with the loaded model's constants that no folder holds, where they are its own rounded to 16 bits.
+
+    Such a constant (Gemma's scale of embeddings) is made in the dtype that a model is loaded in.
+    """
+    stored, found = set(model.state_dict()), dict(model.named_buffers())
+    own = {name: buffer for name, buffer in reference.named_buffers() if name not in stored and name in found}
+    rounded = {name: found[name].to(buffer) for name, buffer in own.items() if _is_rounded(buffer, found[name])}
+    before = {name: own[name].clone() for name in rounded}
+    for name, buffer in rounded.items():
+        own[name].copy_(buffer)
+    try:
+        yield
+    finally:
+        for name, buffer in before.items():
+            own[name].copy_(buffer)
+
+
+def _is_rounded(own: Tensor, found: Tensor) -> bool:
+    if not own.is_floating_point() or own.shape != found.shape:
+        return False
+    return any(torch.equal(own.to(dtype).to(own), found.to(own)) for dtype in (torch.bfloat16, torch.float16))
 
 
 def _largest_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[float, str]:
