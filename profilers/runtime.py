@@ -278,15 +278,14 @@ def materialize(
     return Runtime(model, structure, target, table, workload).materialize(edits)
 
 
-def dense_candidates(
-    model: nn.Module, structure: Structure, target: Target, table: LatencyTable | None = None, workload: Workload | None = None
-) -> dict[str, nn.Module]:
+def dense_candidates(engine: Runtime) -> dict[str, nn.Module]:
     """The uncompressed models that compete for 1.0x, by name: on the best dense kernels and, on a CPU, the model as it is (eager fp32).
 
     A checkpoint in another dtype than bf16 also runs as people would run it on a CPU that computes in bf16: rounded to it.
     """
-    dense = {f"dense {structure.dtype}": materialize(model, structure, {}, target, table, workload)}
+    structure, target = engine.structure, engine.target
+    dense = {f"dense {structure.dtype}": engine.materialize({})}
     if target.device == "cpu" and target.compute_dtype == "bf16" and structure.dtype != "bf16":
-        rounded = replace(structure, dtype="bf16")
-        dense[f"dense bf16, rounded from {structure.dtype}"] = materialize(model, rounded, {}, target, table, workload)
-    return {**dense, "eager fp32": model} if target.device == "cpu" else dense
+        rounded = Runtime(engine.model, replace(structure, dtype="bf16"), target, engine.choose.table, engine.workload)
+        dense[f"dense bf16, rounded from {structure.dtype}"] = rounded.materialize({})
+    return {**dense, "eager fp32": engine.model} if target.device == "cpu" else dense

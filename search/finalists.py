@@ -182,7 +182,7 @@ def _runs(
     engine = session.engine(table, workload)
     models: dict[str, Any] = {}
     for item in ranked:
-        models[item.policy.key()] = materialize(engine, item.policy) if item.policy.sites else _dense(session, prepared, engine)
+        models[item.policy.key()] = materialize(engine, item.policy) if item.policy.sites else _dense(prepared, engine)
     with session.progress.bar(f"end-to-end latency, {workload.phase}") as update:
         found = end_to_end.measure(
             models,
@@ -197,10 +197,10 @@ def _runs(
     return found
 
 
-def _dense(session: Session, prepared: Prepared, engine: Runtime) -> nn.Module:
+def _dense(prepared: Prepared, engine: Runtime) -> nn.Module:
     """The uncompressed model that objectives are relative to."""
-    candidates = dense_candidates(session.model, session.loaded.structure, session.target, engine.choose.table, engine.workload)
-    return candidates.get(prepared.dense_name) or engine.materialize({})
+    candidates = dense_candidates(engine)
+    return candidates.get(prepared.dense_name, next(iter(candidates.values())))
 
 
 def _finalist(

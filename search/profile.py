@@ -14,7 +14,7 @@ from profilers.campaign import local, provenance, sweep
 from profilers.cells import model_key, widths_of
 from profilers.checks import problems
 from profilers.plan import DECODE_ROWS, FORMATS, PREFILL_ROWS, cells, log_uniform, model_cells, operators, read_shapes
-from profilers.runtime import dense_candidates
+from profilers.runtime import Runtime, dense_candidates
 from profilers.table import KernelKey, LatencyTable, Row
 from profilers.target import Target
 from search.config import ConfigError, RunConfig
@@ -101,7 +101,7 @@ def _whole_models(session: Session, target: Target, table: LatencyTable, workloa
     """The dense model's step in every workload, which tells what passes outside of the kernels."""
     structure = session.stored.structure
     for workload in workloads:
-        models = dense_candidates(session.stored.model, structure, target, table, workload)
+        models = dense_candidates(Runtime(session.stored.model, structure, target, table, workload))
         with session.progress.bar(f"whole model, {workload.name}") as update:
             found = end_to_end.measure(
                 models,

@@ -13,9 +13,11 @@ from methods.apply import site_view
 from methods.bank import Bank
 from methods.formats.format import Format, parse_format
 from methods.method import Edit
+from methods.model.experts import experts_per_token
 from methods.model.load import LoadedModel, load
 from methods.model.structure import Site
 from methods.model.tokenizer import check_ids
+from methods.model.trace import probe_tokens
 from methods.policy import DENSE, Decision, Policy
 from predictors.absent import Elsewhere
 from profilers.cells import site_cells
@@ -142,10 +144,10 @@ class Session:
             else f"no latency of it at m={cell.m}, n={cell.n}, k={cell.k} on {self.target.name}"
         )
 
-    @property
+    @cached_property
     def experts_per_token(self) -> int:
         """Experts that each token visits; 0 in a dense model."""
-        return int(getattr(self.loaded.model.config, "num_experts_per_tok", 0) or 0)
+        return experts_per_token(self.loaded.model, probe_tokens(self.loaded.structure.n_vocab))
 
     @cached_property
     def corpora(self) -> Mapping[str, Corpus]:

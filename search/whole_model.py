@@ -111,7 +111,7 @@ def fit_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions],
     On a machine that disturbs every run it is of kernel sums alone, which its label says.
     """
     engine = session.engine(table, workload)
-    dense_name, dense = _best_dense(session, table, workload)
+    dense_name, dense = _best_dense(session, engine, workload)
     pairs = _measured(session, sites, workload, engine, dense)
     runs, level = pairs.runs(sites), pairs.dense_ms[0]
     fitted, scales, label = _fitted(runs, pairs.hopeless, session.progress.say)
@@ -137,10 +137,10 @@ def fit_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions],
     }
 
 
-def _best_dense(session: Session, table: LatencyTable, workload: Workload) -> tuple[str, nn.Module]:
+def _best_dense(session: Session, engine: Runtime, workload: Workload) -> tuple[str, nn.Module]:
     """The fastest uncompressed model and its name: the one that every objective is relative to."""
     target, cache, progress = session.target, session.config.cache_folder, session.progress
-    candidates = dense_candidates(session.model, session.loaded.structure, target, table, workload)
+    candidates = dense_candidates(engine)
     with progress.bar("dense model") as update:
         found = end_to_end.measure(candidates, workload, target, rounds=6, cache=cache, notify=progress.say, progress=update)
     name = min(found, key=lambda name: found[name].median_ms)

@@ -165,8 +165,76 @@ _CONFIGS: dict[str, Callable[[], Any]] = {
     "falcon": _falcon,
     "stablelm": _stablelm,
 }
+_EVEN = {
+    **_GQA,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+_NAMED = {name: _GQA[name] for name in ("vocab_size", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id")}
+_GPT = {**_NAMED, "n_embd": 128, "n_layer": 2, "n_head": 8, "n_inner": 192, "n_positions": 256}
+_FALCON = {**_NAMED, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8}
+_OLD = {name: value for name, value in _EVEN.items() if name != "num_key_value_heads"}
+_MIXTURE = {**_EVEN, "num_experts_per_tok": 2, "head_dim": 16}
+
+_MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon-7b": ("falcon", {**_FALCON, "multi_query": True}),
+    "falcon-40b": ("falcon", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 4}),
+    "falcon-rw": ("falcon", {**_FALCON, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+    "bigcode": ("gpt_bigcode", {**_GPT}),
+    "bigcode-mha": ("gpt_bigcode", {**_GPT, "multi_query": False}),
+    "gptj": ("gptj", {**_GPT, "rotary_dim": 8}),
+    "codegen": ("codegen", {**_GPT, "rotary_dim": 8}),
+    "gpt2-even": ("gpt2", {**_GPT}),
+    "bloom": ("bloom", {**_NAMED, "hidden_size": 128, "n_layer": 2, "n_head": 8}),
+    "mpt": (
+        "mpt",
+        {"vocab_size": VOCABULARY, "d_model": 128, "n_layers": 2, "n_heads": 8, "expansion_ratio": 2, "max_seq_len": 256},
+    ),
+    "gpt-neo": (
+        "gpt_neo",
+        {
+            **_NAMED,
+            "hidden_size": 128,
+            "num_layers": 2,
+            "num_heads": 8,
+            "attention_types": [[["global", "local"], 1]],
+            "window_size": 8,
+        },
+    ),
+    "neox-even": ("gpt_neox", {**_OLD}),
+    "phi-even": ("phi", {**_EVEN}),
+    "phi-tied": ("phi", {**_EVEN, "tie_word_embeddings": True}),
+    "stablelm-even": ("stablelm", {**_EVEN}),
+    "gemma-even": ("gemma", {**_EVEN, "head_dim": 16}),
+    "nanochat": ("nanochat", {**_EVEN}),
+    "starcoder2": ("starcoder2", {**_EVEN}),
+    "mixtral-even": ("mixtral", {**_MIXTURE, "num_local_experts": 4, "sliding_window": None}),
+    "qwen2-moe-even": (
+        "qwen2_moe",
+        {**_MIXTURE, "num_experts": 3, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    ),
+    "qwen3-moe-even": ("qwen3_moe", {**_MIXTURE, "num_experts": 3, "moe_intermediate_size": 32}),
+    "granite-moe": ("granitemoe", {**_EVEN, "num_experts_per_tok": 2, "num_local_experts": 3}),
+}
+"""Further ones, by `model_type` and configuration: all sizes are multiples of 32, as some runtimes ask for."""
+
 ARCHITECTURES: list[str] = list(_CONFIGS)
 """What `tiny_model` builds: 3 blocks, hidden size 96, 6 heads of 16 (3 key/value heads where the architecture has GQA)."""
+
+MORE_ARCHITECTURES: list[str] = list(_MORE)
+"""What it builds beside these, for tests of single kinds: 2 blocks, hidden size 128, 8 heads of 16 (4 key/value heads)."""
+
+
+def _config(arch: str) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    if arch in _CONFIGS:
+        return _CONFIGS[arch]()
+    kind, sizes = _MORE[arch]
+    return CONFIG_MAPPING[kind](**sizes)
 
 
 @contextlib.contextmanager
@@ -192,7 +260,7 @@ def tiny_model(arch: str, seed: int = 0, *, stock: bool = False) -> Any:
     from methods.model.experts import unfuse_experts
 
     with seeded(seed):
-        model = AutoModelForCausalLM.from_config(_CONFIGS[arch](), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(_config(arch), dtype=torch.float32)
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.data.add_(0.2 * torch.randn_like(parameter))

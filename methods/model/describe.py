@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from methods.model.experts import UnsupportedModel
+from methods.model.attention import check_alike, check_outputs, heads
+from methods.model.experts import UnfusedExperts, UnsupportedModel
 from methods.model.structure import LayerSpec, Site, Structure
 from methods.model.trace import Trace, folds, probe_tokens, trace
 from methods.model.weights import bias_of, is_linear, is_transposed, norm_view, weight_of
@@ -56,12 +57,15 @@ def describe(model: Any, dtype: str = "bf16") -> Structure:
     config = _text_config(model)
     blocks = _blocks(model)
     head, embedding = _paths(model)
-    seen = trace(model, probe_tokens(config.vocab_size), blocks)
+    ids = probe_tokens(config.vocab_size)
+    seen = trace(model, ids, blocks)
     _check_sequence(blocks, seen)
+    attention = heads(model, ids, seen.logits, len(blocks))
     layers = [layer for index, block in enumerate(blocks) for layer in _layers(model, index, block, seen)]
     sites = _with_norms(model, _sites(layers, seen), seen)
     head_weight, embedding_weight = (model.get_submodule(path).weight for path in (head, embedding))
-    n_heads, n_kv_heads, head_dim = _heads(config, seen.width, sites)
+    outputs = (layer.d_in for site in sites for layer in site.layers if layer.kind == "o")
+    check_outputs(attention, type(model).__name__, outputs)
     return Structure(
         architecture=type(model).__name__,
         blocks=blocks,
@@ -71,9 +75,9 @@ def describe(model: Any, dtype: str = "bf16") -> Structure:
         tied=head_weight is embedding_weight or 0 != head_weight.data_ptr() == embedding_weight.data_ptr(),
         d_model=seen.width,
         n_vocab=seen.logits.shape[-1],
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
+        n_heads=attention.n_heads,
+        n_kv_heads=attention.n_kv_heads,
+        head_dim=attention.head_dim,
         dtype=dtype,
         n_parameters=sum(p.numel() for p in model.parameters()),
     )
@@ -84,17 +88,19 @@ def _text_config(model: Any) -> Any:
     config = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{name} is an encoder-decoder; only decoder-only language models are supported")
+    check_alike(config, name)
     if not getattr(config, "num_attention_heads", None):
         raise UnsupportedModel(f"{name} has no attention heads (num_attention_heads); only attention decoders are supported")
     return config
 
 
 def _blocks(model: Any) -> tuple[str, ...]:
-    """Paths of the longest list of like modules with linears, not counting lists inside of such a list."""
+    """Paths of the longest list of modules with linears, not counting lists inside of such a list; its modules have to be alike."""
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         nested = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and not nested and _is_stack(module):
+        blocks = isinstance(module, nn.ModuleList) and not isinstance(module, UnfusedExperts)
+        if blocks and not nested and _holds_linears(module):
             lists[name] = module
     if not lists:
         raise UnsupportedModel(
@@ -102,12 +108,22 @@ def _blocks(model: Any) -> tuple[str, ...]:
             "choose a model whose blocks are one nn.ModuleList of one class"
         )
     name = max(lists, key=lambda path: len(lists[path]))
+    kinds = Counter(type(block).__name__ for block in lists[name])
+    if len(kinds) > 1:
+        told = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
+        raise UnsupportedModel(
+            f"{type(model).__name__} is a hybrid: its blocks {name} are {told}; choose a model all of whose blocks are alike"
+        )
     return tuple(f"{name}.{index}" for index in range(len(lists[name])))
 
 
+def _holds_linears(entries: nn.ModuleList) -> bool:
+    """Whether each of a list's modules has linears inside and is none itself."""
+    return len(entries) > 0 and all(not is_linear(entry) and any(map(is_linear, entry.modules())) for entry in entries)
+
+
 def _is_stack(entries: nn.ModuleList) -> bool:
-    alike = len({type(entry) for entry in entries}) == 1
-    return alike and all(not is_linear(entry) and any(map(is_linear, entry.modules())) for entry in entries)
+    return _holds_linears(entries) and len({type(entry) for entry in entries}) == 1
 
 
 def _paths(model: Any) -> tuple[str, str]:
@@ -147,7 +163,7 @@ def _layers(model: Any, index: int, block: str, seen: Trace) -> list[_Layer]:
         kinds = sorted({type(modules[name]).__name__ for name in strange})
         raise UnsupportedModel(
             f"{', '.join(strange[:4])}: weights of {', '.join(kinds)} are not understood (only linears, convolutions, norms, routers "
-            "and unfused experts are); unfuse experts with methods.model.experts.unfuse_experts, or choose another model"
+            "and experts laid out like Mixtral's are, unfused by methods.model.experts.unfuse_experts); choose another model"
         )
     if idle:
         raise UnsupportedModel(f"{', '.join(idle[:4])}: these linears took no part in a forward pass; choose another model")
@@ -265,15 +281,3 @@ def _is_affine(model: Any, norm: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _heads(config: Any, width: int, sites: tuple[Site, ...]) -> tuple[int, int, int]:
-    """Query heads, key/value heads and head size; what the configuration leaves open is read off the first block's shapes."""
-    n_heads = int(config.num_attention_heads)
-    head_dim = int(getattr(config, "head_dim", None) or width // n_heads)
-    outputs = {layer.kind: layer.d_out for site in sites if site.block == 0 for layer in site.layers}
-    if "k" in outputs:
-        return n_heads, outputs["k"] // head_dim, head_dim
-    if "qkv" in outputs:
-        return n_heads, (outputs["qkv"] // head_dim - n_heads) // 2, head_dim
-    return n_heads, int(getattr(config, "num_key_value_heads", None) or n_heads), head_dim

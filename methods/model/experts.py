@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,9 @@ STOCK_LAYOUT = {
     "has_post_expert_norm": False,
 }
 """The layout understood: gate over up in one (E, 2 I, H) tensor, down (E, H, I), no biases."""
+
+STACKED = ("gate_up_proj", "down_proj")
+"""The tensors of a fused experts module."""
 
 
 class UnsupportedModel(ValueError):
@@ -69,7 +73,7 @@ class UnfusedExperts(nn.ModuleList):
 
     def fused(self) -> dict[str, Tensor]:
         """`gate_up_proj` (E, 2 I, H) and `down_proj` (E, H, I) of the stock module, copied."""
-        return {name: torch.stack([weight_of(getattr(e, name)) for e in self]) for name in ("gate_up_proj", "down_proj")}
+        return {name: torch.stack([weight_of(getattr(e, name)) for e in self]) for name in STACKED}
 
 
 @torch.no_grad()
@@ -79,7 +83,7 @@ def unfuse_experts(model: nn.Module) -> int:
     The linears are views of the fused tensors, so nothing is copied. Paths become `….experts.<e>.gate_up_proj` and
     `….experts.<e>.down_proj`. Raises UnsupportedModel for another layout (biases, transposed, ungated) before anything is replaced.
     """
-    found = {name: module for name, module in model.named_modules() if _holds_stacked_weights(module)}
+    found = {name: module for name, module in model.named_modules() if _holds_experts(module)}
     replacements = {name: _unfused(name, module) for name, module in found.items()}
     for name, replacement in replacements.items():
         stock = replacement.stock
@@ -98,14 +102,44 @@ def fuse_experts(model: nn.Module) -> int:
     return len(found)
 
 
-def stock_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors under the names that stock transformers gives them (experts fused); the model stays as it is."""
-    state = dict(model.state_dict())
+@torch.no_grad()
+def experts_per_token(model: nn.Module, ids: Tensor) -> int:
+    """The most experts of a layer that a token visits, watched on ids (1, t); 0 in a model without (unfused) experts.
+
+    Configurations call it by many names, and some list one number for each layer.
+    """
+    seen = [0]
+
+    def note(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        seen.append((args[1] if len(args) > 1 else kwargs["top_k_index"]).shape[-1])
+
+    handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules() if isinstance(m, UnfusedExperts)]
+    try:
+        if handles:
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return max(seen)
+
+
+def stock_state_dict(model: nn.Module, replaced: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Tensor]:
+    """The model's tensors under the names that stock transformers gives them (experts fused); the model stays as it is.
+
+    replaced: tensors, by the names of the unfused model, that stand in for its own.
+    """
+    return stacked(model, {**model.state_dict(), **replaced})
+
+
+def stacked(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names of a model with unfused experts -> by those of stock transformers, all experts of a layer in one."""
+    result = dict(state)
     for name, module in model.named_modules():
         if isinstance(module, UnfusedExperts):
-            state = {key: value for key, value in state.items() if not key.startswith(f"{name}.")}
-            state.update({f"{name}.{key}": value for key, value in module.fused().items()})
-    return state
+            own = {key: result.pop(key) for key in list(result) if key.startswith(f"{name}.")}
+            for leaf in STACKED:
+                result[f"{name}.{leaf}"] = torch.stack([own[f"{name}.{index}.{leaf}.weight"] for index in range(len(module))])
+    return result
 
 
 def _linear(weight: Tensor) -> nn.Linear:
@@ -116,9 +150,10 @@ def _linear(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def _holds_stacked_weights(module: nn.Module) -> bool:
-    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return not convolution and any(p.dim() == 3 for p in module.parameters(recurse=False))
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether the module stacks the down projections of experts; other tensors of three dimensions are no experts'."""
+    down = dict(module.named_parameters(recurse=False)).get("down_proj")
+    return down is not None and down.dim() == 3
 
 
 def _unfused(name: str, stock: nn.Module) -> UnfusedExperts:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from methods.model.attention import check_alike
 from methods.model.describe import describe
-from methods.model.experts import unfuse_experts
+from methods.model.experts import UnsupportedModel, unfuse_experts
 from methods.model.gguf import ORIGIN, convert, gguf_configuration
 from methods.model.left_out import left_out, nothing_hidden
+from methods.model.multimodal import language_model, what, whole_class
 from methods.model.quiet import quiet
 from methods.model.settings import settle_
 from methods.model.structure import Structure
@@ -105,27 +108,26 @@ def configuration(spec: str | None, cache: Path) -> tuple[Any, str] | None:
     if path.suffix.lower() == ".gguf" and path.is_file():
         return gguf_configuration(path)
     if path.is_dir():
-        held = headers(weight_files(path, _checked_config(path)))
-        return _transformers_config(path), stored_dtype(path, held)
+        config = _early_config(path)
+        return None if config is None else (config, stored_dtype(path, headers(weight_files(path, _checked_config(path)))))
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
         return None  # `load` says what is wrong
     kept = _cached(spec)
-    if kept is None:
-        return None
-    _checked_config(kept)
-    config = _transformers_config(kept)
+    config = None if kept is None else _early_config(kept)
     stored = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
-    return config, stored.get(str(getattr(config, "dtype", None)), "bf16")
+    return None if config is None else (config, stored.get(str(getattr(config, "dtype", None)), "bf16"))
 
 
-def _transformers_config(folder: Path) -> Any:
+def _early_config(folder: Path) -> Any | None:
+    """The configuration of a text model; None where the text model lies inside of another, which takes its weights to find."""
     from transformers import AutoConfig
 
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LoadError(f"{folder}: transformers cannot read config.json ({_line(error)}); restore the file") from error
+    if whole_class(_checked_config(folder)) is not None:
+        return None
+    with _understood(folder):
+        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    check_alike(config.get_text_config(decoder=True), str(folder))
+    return config
 
 
 def in_package(name: str) -> Path:
@@ -203,15 +205,20 @@ def missing_files(folder: Path) -> str:
 
 
 def _from_folder(folder: Path, source: str, label: str, notes: tuple[str, ...]) -> LoadedModel:
-    held = headers(weight_files(folder, _checked_config(folder)))
+    config = _checked_config(folder)
+    held = headers(weight_files(folder, config))
     dtype = stored_dtype(folder, held)
-    model, tokenizer, rest = _read(folder, held)
-    notes = (*notes, rest) if rest else notes
+    whole = whole_class(config)
+    model, tokenizer, rest = _read(folder, held, whole)
+    if whole is not None:
+        model, tower = _language_model(folder, config, model)
+        rest = "; ".join(filter(None, (tower, rest)))
     if settle_(model):
         notes = (
             *notes,
             "config.json ties the head to the embedding, but the weights hold a head of its own: the model is untied",
         )
+    notes = (*notes, rest) if rest else notes
     if tokenizer is None:
         notes = (*notes, "the model has no tokenizer: it can be searched on text that it writes itself, but reads no other")
     elif unknown := beyond_embedding(tokenizer, model):
@@ -225,7 +232,7 @@ def _from_folder(folder: Path, source: str, label: str, notes: tuple[str, ...]) 
 
 
 def _checked_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json; raises where it is not that of a plain causal language model that transformers knows."""
+    """The folder's config.json; raises where it is not of a plain checkpoint with a causal language model that transformers knows."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if (folder / MARKER).exists():
@@ -247,7 +254,9 @@ def _checked_config(folder: Path) -> dict[str, Any]:
         raise LoadError(f"{folder}: already quantized (quantization_config); give the unquantized checkpoint")
     kind, classes = str(config.get("model_type")), config.get("architectures") or []
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
-    if causal is None or (classes and not set(classes) & ({causal} if isinstance(causal, str) else set(causal))):
+    if whole_class(config) is None and (
+        causal is None or (classes and not set(classes) & ({causal} if isinstance(causal, str) else set(causal)))
+    ):
         raise LoadError(
             f"{folder}: model_type={kind!r} with architectures={classes} is no causal language model that this transformers knows; "
             "use a decoder-only model, or upgrade transformers"
@@ -259,27 +268,53 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read(folder: Path, held: Collection[str]) -> tuple[Any, Any, str]:
-    """Model, tokenizer, and what is left out of the tensors `held` in the folder's files."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _read(folder: Path, held: Collection[str], whole: str | None) -> tuple[Any, Any, str]:
+    """The model, of the class `whole` where that is given, the tokenizer, and what is left out of the tensors `held` in the files."""
+    import transformers
 
-    auto: Any = AutoModelForCausalLM
-    try:
-        with quiet(), nothing_hidden(AutoConfig.from_pretrained(folder, local_files_only=True)):
-            model, info = auto.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
-            )
-            tokenizer = read_tokenizer(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise LoadError(
-            f"{folder}: transformers cannot load it ({_line(error)}); check config.json and the tokenizer files"
-        ) from error
+    auto: Any = transformers.AutoModelForCausalLM if whole is None else getattr(transformers, whole)
+    with _understood(folder):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    check_alike(config.get_text_config(decoder=True), str(folder))
+    with _understood(folder), nothing_hidden(config):
+        model, info = auto.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+        tokenizer = read_tokenizer(folder)
     missing = sorted(info["missing_keys"])
     if missing:
         raise LoadError(
             f"{folder}: no weights for {', '.join(missing[:3])} ({len(missing)} in all); the checkpoint is incomplete"
         )
     return model, tokenizer, left_out(model, info["unexpected_keys"], held)
+
+
+@contextlib.contextmanager
+def _understood(folder: Path) -> Iterator[None]:
+    """What transformers raises of a folder, as a LoadError; it says nothing else meanwhile."""
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        raise LoadError(
+            f"{folder}: transformers cannot load it ({_line(error)}); check config.json and the tokenizer files"
+        ) from error
+
+
+def _language_model(folder: Path, config: Mapping[str, Any], whole: Any) -> tuple[Any, str]:
+    """The language model inside a multimodal one, and what to tell of it."""
+    name = what(config)
+    whole.eval()
+    try:
+        model = language_model(whole)
+    except UnsupportedModel as error:
+        raise LoadError(
+            f"{folder}: {name}; its language model alone can be compressed, but {error}; give a text-only checkpoint of it"
+        ) from error
+    left = sum(p.numel() for p in whole.parameters()) - sum(p.numel() for p in model.parameters())
+    return model, (
+        f"{name}: its language model alone, {type(model).__name__}, is compressed and exported; the {left:,} weights beside it are left out"
+    )
 
 
 def _line(error: BaseException) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from methods.model.weights import is_norm_like
 
 Address = tuple[int, int]
 """A tensor by where it lies and how long it is, so that a reshaped view is the same tensor."""
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,20 @@ def trace(model: nn.Module, ids: Tensor, blocks: Collection[str]) -> Trace:
     ids = ids.to(next(model.parameters()).device)
     if not ids.is_meta:
         return _traced(model, ids, blocks, {})
+    return blind(ids, lambda given: _traced(model, ids, blocks, given))
+
+
+def blind(ids: Tensor, run: Callable[[Mapping[str, Tensor]], Value]) -> Value:
+    """What `run` gives for a model without memory and token ids (1, t) of no values, under the arguments with which it looks at no values.
+
+    A mask that is given whole spares transformers such looks. Raises what the first way raised where there is none.
+    """
     t = ids.shape[1]
     whole = {"attention_mask": torch.ones(1, 1, t, t, dtype=torch.bool, device="meta")}
     problem: Exception | None = None
     for given in (whole, {**whole, "position_ids": torch.arange(t, device="meta")[None]}, {}):
         try:
-            return _traced(model, ids, blocks, given)
+            return run(given)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             problem = problem or error
     assert problem is not None

@@ -86,7 +86,12 @@ def norm_view(model: nn.Module, name: str) -> NormView:
     x = torch.randn(4, weight.numel(), generator=torch.Generator().manual_seed(0)).to(weight)
 
     def output(gain: Tensor) -> Tensor:
-        result: Tensor = functional_call(module, {"weight": gain}, (x,)).double()
+        try:
+            result: Tensor = functional_call(module, {"weight": gain}, (x,)).double()
+        except TypeError as error:
+            raise ValueError(
+                f"{name}: {type(module).__name__} reads more than its input ({error}), so no scale folds into it"
+            ) from None
         return result if bias is None else result - bias.double()
 
     zero = output(torch.zeros_like(weight))

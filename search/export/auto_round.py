@@ -22,7 +22,7 @@ from methods.method import Edit
 from methods.model.structure import Site, Structure
 from methods.policy_file import PolicyFile
 from search.export import folder as output
-from search.export import gptq_tensors
+from search.export import gptq_tensors, loading
 from search.export.serving import transformers_entry, vllm_entries
 from search.export.verification import EXACT, Verification, compare, read_config, stock, storage_dtype
 
@@ -51,6 +51,8 @@ def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[s
     table = output.linears(structure, edits, "auto-round")
     output.check(structure, file, edits, supports)
     gptq_tensors.check_dtype(structure, "auto-round")
+    loading.check_plain(loaded.model, table, "auto-round")
+    loading.check_constants(loaded.model, table, "auto-round")
     formats = {layer: compressed.format for layer, compressed in table.items()}
     config = output.config_of(loaded, structure.dtype)
     digest = policy_file.expanded_digest(file.policy, structure)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,16 @@ from torch import Tensor
 
 from methods import policy_file
 from methods.formats.format import Format
-from methods.formats.numerics import Compressed
+from methods.formats.numerics import DTYPES, Compressed
 from methods.formats.packing import pack
 from methods.method import Edit
+from methods.model.experts import stacked
 from methods.model.structure import Site, Structure
 from methods.policy_file import PolicyFile
+from search.export import experts, loading
 from search.export import folder as output
 from search.export.serving import transformers_entry, vllm_entries
-from search.export.verification import EXACT, ROUNDED, Verification, compare, read_config
+from search.export.verification import EXACT, REROUTED, ROUNDED, Verification, compare, read_config, storage_dtype
 
 if TYPE_CHECKING:
     from methods.model.load import LoadedModel
@@ -38,8 +41,8 @@ def supports(fmt: Format, site: Site) -> str | None:
         return "compressed-tensors leaves dense weights as they are; leave the site out of the policy"
     if any(layer.transposed for layer in site.layers):
         return "compressed-tensors packs nn.Linear only, and this weight is stored transposed (Conv1D)"
-    if site.kind.startswith("expert"):
-        return "models with experts are not exported to compressed-tensors"
+    if site.kind.startswith("expert") and fmt.act_bits != 16:
+        return "transformers reads experts whose inputs are left alone only; use w4a16 or the like"
     return _grid(fmt) or _shape(fmt, site)
 
 
@@ -74,15 +77,23 @@ def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[s
     Raises ValueError, naming the layer, for what compressed-tensors cannot express, and FileExistsError where `folder` holds something.
     """
     structure = loaded.structure
-    table = output.linears(structure, edits, "compressed-tensors")
+    table = output.linears(structure, edits, "compressed-tensors", experts=True)
     output.check(structure, file, edits, supports)
+    loading.check_initialised(loaded.model, (name for name, c in table.items() if _layout(c.format) == PACKED), "transformers")
+    packed = experts.one_format(structure, table)
+    ignored, rest = output.uncompressed(loaded.model, table), output.rest(loaded, edits)
+    patterns: dict[str, str] = {}
+    if packed is None:
+        rest = stacked(loaded.model, rest)
+    else:
+        table, patterns = experts.in_parts(loaded.model, table)
+    formats = {patterns.get(layer, layer): compressed.format for layer, compressed in table.items()}
     config = output.config_of(loaded, structure.dtype)
-    formats = {layer: compressed.format for layer, compressed in table.items()}
     digest = policy_file.expanded_digest(file.policy, structure)
-    config["quantization_config"] = quantization_config(formats, output.uncompressed(loaded.model, formats), digest)
+    config["quantization_config"] = quantization_config(formats, ignored, digest)
     scales = output.in_storage_dtype(_scales(table), structure.dtype)
-    tensors = {**output.rest(loaded, edits), **scales, **dict(_codes(table))}
-    output.write_folder(folder, loaded, file, tensors, config, _serve(structure, formats), [])
+    tensors = {**rest, **scales, **dict(_codes(table))}
+    output.write_folder(folder, loaded, file, tensors, config, _serve(structure, formats), _losses(packed, structure))
 
 
 def _layout(fmt: Format) -> str:
@@ -156,7 +167,16 @@ def from_config(config: Mapping[str, Any]) -> dict[str, Format]:
     return formats
 
 
+def _losses(experts_format: Format | None, structure: Structure) -> list[dict[str, str]]:
+    if experts_format is None:
+        return []
+    why = f"transformers decodes experts to {structure.dtype}, whatever it computes in, so that their weights are rounded to it"
+    return [{"lost": "experts", "why": why}]
+
+
 def _serve(structure: Structure, formats: Mapping[str, Format]) -> dict[str, Any]:
+    if any(site.kind.startswith("expert") for site in structure.sites):
+        return {"transformers": transformers_entry(structure.dtype)}
     on_cpu = not any(fmt.bits == 8 and fmt.act_bits == 16 for fmt in formats.values())
     return {"transformers": transformers_entry(structure.dtype), **vllm_entries(structure.dtype, on_cpu)}
 
@@ -165,8 +185,9 @@ def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
     """Loads the folder with transformers and compressed-tensors, and compares every weight and prediction with the reference's.
 
     reference: the fp32 model with the edits installed; ids: (b, t) token ids. Weights have to be equal bit for bit, the predictions
-    `EXACT`, or `ROUNDED` with 8-bit activations, which each engine rounds in its own way. Nothing runs faster here: transformers
-    decompresses at the first forward pass.
+    `EXACT`, or `ROUNDED` with 8-bit activations, which each engine rounds in its own way. Experts, which transformers decodes to the
+    checkpoint's dtype, have to be equal to the reference's rounded to it, and the stored codes have to decode to them without rounding.
+    Nothing runs faster here: transformers decompresses at the first forward pass.
     """
     if importlib.util.find_spec("compressed_tensors") is None:
         raise ValueError(
@@ -174,4 +195,12 @@ def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
         )
     formats = from_config(read_config(folder).get("quantization_config", {}))
     tolerance = ROUNDED if any(fmt.act_bits == 8 for fmt in formats.values()) else EXACT
-    return compare(folder, reference, ids, list(formats), tolerance)
+    packed = {fmt for target, fmt in formats.items() if target.startswith("re:")}
+    if not packed:
+        return compare(folder, reference, ids, list(formats), tolerance)
+    found = next((told for fmt in packed if (told := experts.damage(folder, reference, fmt))), "")
+    rounded = dict.fromkeys(experts.fused_names(reference), DTYPES[storage_dtype(folder)])
+    dense = set(output.uncompressed(reference, formats))
+    linears = [name for name, module in reference.named_modules() if isinstance(module, torch.nn.Linear) and name not in dense]
+    result = compare(folder, reference, ids, linears, REROUTED, rounded=rounded)
+    return replace(result, ok=False, message=f"{found}; {result.message}") if found else result

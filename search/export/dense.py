@@ -21,6 +21,7 @@ from methods.model.experts import stock_state_dict
 from methods.model.structure import LayerSpec, Site, Structure
 from methods.policy_file import PolicyFile
 from search.export import folder as output
+from search.export.experts import checkpoint_state
 from search.export.serving import transformers_entry
 from search.export.verification import EXACT, UNJUDGED, Verification, compare, policy_formats
 
@@ -29,9 +30,7 @@ if TYPE_CHECKING:
 
 
 def supports(fmt: Format, site: Site) -> str | None:
-    """Why the format cannot be exported at the site, or None; rounded activations are lost, which `losses.json` says."""
-    if site.kind.startswith("expert"):
-        return "compressed experts are not exported; keep them dense"
+    """None: there is no format that cannot be exported. Rounded activations are lost, which `losses.json` says."""
     return None
 
 
@@ -40,16 +39,18 @@ def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[s
     structure = loaded.structure
     output.check(structure, file, edits, supports, grid=False)
     layers = {layer.name: layer for _, layer in structure.layers()}
-    state = stock_state_dict(loaded.model)
+    replaced: dict[str, Tensor] = {}
     for edit in edits.values():
-        state.update(_weight(layers[name], compressed.dense) for name, compressed in edit.linears.items())
-        state.update(edit.tensors)
+        replaced.update(_weight(layers[name], compressed.dense) for name, compressed in edit.linears.items())
+        replaced.update(edit.tensors)
+    state = stock_state_dict(loaded.model, replaced)
     if structure.tied:
         state.pop(f"{structure.head}.weight", None)
     dtype = _dtype(state, structure)
     config = output.config_of(loaded, dtype)
     serve = {"transformers": transformers_entry(dtype)}
-    tensors = {name: tensor.to(DTYPES[dtype]).contiguous() for name, tensor in state.items()}
+    tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in checkpoint_state(loaded.model, state).items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     output.write_folder(folder, loaded, file, tensors, config, serve, _losses(edits, structure, dtype))
 
 

@@ -17,6 +17,7 @@ from methods.formats.format import Format
 from methods.formats.numerics import DTYPES, Compressed
 from methods.formats.sides import plain
 from methods.method import Edit
+from methods.model.experts import UnfusedExperts
 from methods.model.structure import Site, Structure
 from methods.model.tokenizer import write_tokenizer
 from methods.policy_file import PolicyFile
@@ -73,9 +74,12 @@ def config_of(loaded: LoadedModel, dtype: str) -> dict[str, Any]:
     return config
 
 
-def linears(structure: Structure, edits: Mapping[str, Edit], runtime: str) -> dict[str, Compressed]:
-    """The compressed linears by name; raises ValueError where there are none, or experts, which runtimes name in ways of their own."""
-    if any(site.kind.startswith("expert") for site in structure.sites):
+def linears(structure: Structure, edits: Mapping[str, Edit], runtime: str, experts: bool = False) -> dict[str, Compressed]:
+    """The compressed linears by name; raises ValueError where there are none, or experts, which runtimes name in ways of their own.
+
+    experts: the export knows those names.
+    """
+    if not experts and any(site.kind.startswith("expert") for site in structure.sites):
         raise ValueError(
             f"{structure.architecture} has experts, which {runtime} names in its own way; use the runtime isolatency"
         )
@@ -86,9 +90,11 @@ def linears(structure: Structure, edits: Mapping[str, Edit], runtime: str) -> di
 
 
 def uncompressed(model: Any, compressed: Iterable[str]) -> list[str]:
-    """The model's other linears, the head among them: engines have to be told of what they should leave alone."""
+    """The model's other linears, the head among them and experts not: engines have to be told of what they should leave alone."""
     left = set(compressed)
-    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in left]
+    experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, UnfusedExperts))
+    linears = (name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    return [name for name in linears if name not in left and not name.startswith(experts)]
 
 
 def rest(loaded: LoadedModel, edits: Mapping[str, Edit]) -> dict[str, Tensor]:

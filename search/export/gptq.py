@@ -19,7 +19,7 @@ from methods.method import Edit
 from methods.model.structure import Site, Structure
 from methods.policy_file import PolicyFile
 from search.export import folder as output
-from search.export import gptq_tensors
+from search.export import gptq_tensors, loading
 from search.export.auto_round import VLLM_BITS, commonest, verify_packed
 from search.export.serving import vllm_entries
 from search.export.verification import Verification, read_config
@@ -49,6 +49,8 @@ def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[s
     table = output.linears(structure, edits, "gptq")
     output.check(structure, file, edits, supports)
     gptq_tensors.check_dtype(structure, "gptq")
+    loading.check_plain(loaded.model, table, "auto-round")
+    loading.check_constants(loaded.model, table, "auto-round")
     formats = {layer: compressed.format for layer, compressed in table.items()}
     sites = [[layer.name for layer in site.layers] for site in structure.sites]
     others = output.uncompressed(loaded.model, [structure.head, *(name for names in sites for name in names)])

@@ -22,6 +22,7 @@ from methods.method import Edit
 from methods.model.structure import Site
 from methods.policy_file import PolicyFile
 from search.export import folder as output
+from search.export import loading
 from search.export.serving import transformers_entry
 from search.export.verification import EXACT, ROUNDED, Verification, compare, read_config, stock, storage_dtype
 
@@ -55,6 +56,7 @@ def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[s
     structure = loaded.structure
     table = output.linears(structure, edits, "torchao")
     output.check(structure, file, edits, supports)
+    loading.check_plain(loaded.model, table, "torchao")
     formats = {layer: compressed.format for layer, compressed in table.items()}
     config = output.config_of(loaded, structure.dtype)
     digest = policy_file.expanded_digest(file.policy, structure)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -71,6 +73,9 @@ EXACT = Tolerance(1e-3, 1e-5)
 ROUNDED = Tolerance(0.03, 0.01)
 """Where inputs are rounded to 8 bits, which each engine does in its own way."""
 
+REROUTED = Tolerance(0.03, 0.03)
+"""Where weights of experts are rounded, which may send a token to another expert."""
+
 UNJUDGED = Tolerance(math.inf, math.inf)
 """Where the runtime leaves out a rounding that was evaluated: what it predicts is told and not judged."""
 
@@ -132,20 +137,25 @@ def compare(
     tolerance: Tolerance,
     load: Callable[[Path], tuple[Any, Mapping[str, Any]]] = _stock_fp32,
     weights: Callable[[Any], Mapping[str, Tensor]] = _tensors,
+    rounded: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> Verification:
     """Loads the folder in a runtime that computes in fp32 and compares every tensor of the reference with its own.
 
     reference: a model in fp32 with the edits installed; linears: the compressed ones by name; weights have to be equal bit for bit.
+    rounded: tensors, by stock names, that the runtime rounds to a dtype whatever it computes in.
     load, weights: the model with `stock`'s information, and its decoded tensors by the reference's names. The forward pass comes
     first: compressed-tensors decompresses then.
     """
-    evaluated = predictions(reference, ids)
     model, info = load(folder)
+    with _same_buffers(reference, model):
+        evaluated = predictions(reference, ids)
     with quiet():
         loaded = predictions(model, ids)
     expected, found = nll(evaluated, ids), nll(loaded, ids)
     kl, top1 = agreement(evaluated, loaded)
-    diff, worst = _largest_difference(stock_state_dict(reference), weights(model))
+    weights_evaluated = stock_state_dict(reference)
+    weights_evaluated |= {name: weights_evaluated[name].to(dtype) for name, dtype in rounded.items()}
+    diff, worst = _largest_difference(weights_evaluated, weights(model))
     problems = [
         f"{kind.replace('_', ' ')}: {sorted(info[kind])[:3]}" for kind in ("missing_keys", "unexpected_keys") if info[kind]
     ]
@@ -160,6 +170,31 @@ def compare(
         )
     message = "; ".join(problems) or f"all tensors are equal, {len(linears)} of them compressed linears"
     return Verification(diff, expected, found, len(linears), not problems, message, kl=kl, top1=top1)
+
+
+@contextlib.contextmanager
+def _same_buffers(reference: Any, model: Any) -> Iterator[None]:
+    """The reference with the loaded model's constants that no folder holds, where they are its own rounded to 16 bits.
+
+    Such a constant (Gemma's scale of embeddings) is made in the dtype that a model is loaded in.
+    """
+    stored, found = set(model.state_dict()), dict(model.named_buffers())
+    own = {name: buffer for name, buffer in reference.named_buffers() if name not in stored and name in found}
+    rounded = {name: found[name].to(buffer) for name, buffer in own.items() if _is_rounded(buffer, found[name])}
+    before = {name: own[name].clone() for name in rounded}
+    for name, buffer in rounded.items():
+        own[name].copy_(buffer)
+    try:
+        yield
+    finally:
+        for name, buffer in before.items():
+            own[name].copy_(buffer)
+
+
+def _is_rounded(own: Tensor, found: Tensor) -> bool:
+    if not own.is_floating_point() or own.shape != found.shape:
+        return False
+    return any(torch.equal(own.to(dtype).to(own), found.to(own)) for dtype in (torch.bfloat16, torch.float16))
 
 
 def _largest_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> tuple[float, str]:

@@ -21,7 +21,7 @@ from profilers.norms import KernelNorm, TorchNorm
 from profilers.runtime import Chooser, FusedSite, KernelLinear, Runtime, RuntimeRefusal, dense_candidates, materialize
 from profilers.table import KernelKey, LatencyTable, Row
 from profilers.target import local_cpu, local_cuda
-from profilers.timer import Sample, Samples, Timing
+from profilers.timer import ENOUGH_SHARE, Sample, Samples, Timing
 from profilers.workload import Workload
 from tests.edits import edits_of
 from tests.tiny import HIDDEN, INNER, tiny_model, tiny_tokens
@@ -287,7 +287,7 @@ def test_models_share_what_they_have_in_common() -> None:
 def test_whole_models_are_timed_in_turns(workload: Workload) -> None:
     model = tiny_model("llama")
     structure = describe(model)
-    models = dense_candidates(model, structure, TARGET, None, workload)
+    models = dense_candidates(Runtime(model, structure, TARGET, None, workload))
     models["small"] = materialize(model, structure, _uniform(model, structure, "w4a8-g16"), TARGET, None, workload)
     found = end_to_end.measure(models, workload, TARGET, rounds=6, min_rounds=2)
     assert set(found) == {"dense bf16", "eager fp32", "small"}
@@ -314,7 +314,8 @@ def test_steps_on_a_slow_machine_do_not_count_where_others_do(monkeypatch: pytes
     samples = found["a"].samples
     assert 0 < sum(sample.slow for sample in samples.all) < len(samples.all) == 8 * end_to_end.BURST
     counting = dict(samples.seconds())
-    assert samples.contended or not any(sample.slow for sample in samples.all if sample.turn in counting)
+    few = samples.contended or samples.rejected > 1 - ENOUGH_SHARE  # where the machine that runs the test interrupted the rest
+    assert few or not any(sample.slow for sample in samples.all if sample.turn in counting)
     assert len(looks) > 2 * len(samples.all)
 
 
@@ -415,7 +416,7 @@ def test_a_stand_in_runs_the_kernels_of_its_formats_on_weights_of_its_own_in_eve
 def test_the_baseline_is_what_people_would_run_and_is_named_as_that(dtype: str, compute: str, names: tuple[str, ...]) -> None:
     """A checkpoint in fp16 is multiplied in fp32 where a CPU has no such products: rounded to bf16 it is the faster dense model."""
     model = tiny_model("llama")
-    found = dense_candidates(model, describe(model, dtype), replace(TARGET, compute_dtype=compute))
+    found = dense_candidates(Runtime(model, describe(model, dtype), replace(TARGET, compute_dtype=compute)))
     assert tuple(found) == names
     if len(names) == 3:
         site = found[names[1]].get_submodule("model.layers.0.mlp.down_proj").site  # type: ignore[union-attr]

@@ -36,7 +36,8 @@ def test_a_map_whose_slope_is_right_agrees_with_the_blocks_and_one_that_is_not_d
         assert found.saved_ms == pytest.approx(found.predicted_ms, rel=0.05) and not found.disagrees
         assert f"{found.saved_ms:.3g} ms" in found.words
         map_ = LatencyModel.from_dict(fit["map"])
-        dense = dense_candidates(session.model, session.loaded.structure, session.target, table, config.load)[fit["dense_name"]]
+        engine = session.engine(table)
+        dense = dense_candidates(engine)[fit["dense_name"]]
         steep = dataclasses.replace(map_, b1=2 * map_.b1)
-        wrong = difference(session, session.engine(table), sites, config.load, dense, steep, fit["scales"])
+        wrong = difference(session, engine, sites, config.load, dense, steep, fit["scales"])
         assert wrong is not None and wrong.disagrees and wrong.predicted_ms == pytest.approx(2 * found.predicted_ms)

@@ -141,9 +141,7 @@ class Benchmark:
         for place, (workload, fit) in enumerate(zip(self.session.config.workloads, fits, strict=True)):
             fitted = {run.policy_key for run in LatencyModel.from_dict(fit["map"]).runs}
             engine = self.session.engine(self.table, workload)
-            dense = dense_candidates(
-                self.session.model, self.session.loaded.structure, self.session.target, self.table, workload
-            )
+            dense = dense_candidates(engine)
             policies = list(random_policies(self.sites[0], self.options.policies, self.options.seed))
             for turn, (number, policy) in itertools.product(range(self.options.turns), enumerate(policies)):
                 if {policy.key(), by_format(policy).key()} & fitted or (workload.name, policy.key(), turn) in done:

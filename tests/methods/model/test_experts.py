@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from methods.model.experts import UnsupportedModel, fuse_experts, stock_state_dict, unfuse_experts
+from methods.model.experts import UnsupportedModel, experts_per_token, fuse_experts, stock_state_dict, unfuse_experts
 from methods.model.trace import logits_of
 from tests.tiny import tiny_model, tiny_tokens
 
@@ -77,3 +77,25 @@ def test_another_computation_is_refused():
     experts.forward = type(model.model.layers[0].mlp.experts).forward.__wrapped__.__get__(experts)
     with pytest.raises(UnsupportedModel, match=r"layers\.1\.mlp\.experts"):
         unfuse_experts(model)
+
+
+def test_experts_per_token_are_counted_where_the_configuration_has_another_name_for_them():
+    from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
+
+    sizes = {
+        "vocab_size": 64, "hidden_size": 48, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 3, "head_dim": 16,
+        "num_key_value_heads": 3, "num_experts": 5, "moe_topk": [3, 3], "pad_token_id": 0,
+    }  # fmt: skip
+    model = HunYuanMoEV1ForCausalLM(HunYuanMoEV1Config(**sizes)).eval()
+    unfuse_experts(model)
+    assert experts_per_token(model, tiny_tokens(1, 9) % 64) == 3
+    assert experts_per_token(tiny_model("mixtral"), tiny_tokens(1, 9)) == 2
+    assert experts_per_token(tiny_model("llama"), tiny_tokens(1, 9)) == 0
+
+
+def test_tensors_that_stand_in_are_fused_too():
+    model = tiny_model("mixtral")
+    name = "model.layers.1.mlp.experts.2.down_proj.weight"
+    replaced = stock_state_dict(model, {name: torch.full((96, 160), 0.25)})
+    assert torch.equal(replaced["model.layers.1.mlp.experts.down_proj"][2], torch.full((96, 160), 0.25))
+    assert torch.equal(replaced["model.layers.1.mlp.experts.down_proj"][1], model.get_parameter(name.replace(".2.", ".1.")))

@@ -81,17 +81,17 @@ CASES = {
             "original_max_position_embeddings": 256,
         },
     ),
-    "long": (
+    "long": (  # beyond 16 positions, which the tokens compared reach and the probes of a structure do not
         {
             "tensors": {"rope_factors_short.weight": FACTORS, "rope_factors_long.weight": 2 * FACTORS},
-            "changed": {SCALING + "type": "longrope", SCALING + "original_context_length": 8, SCALING + "attn_factor": 1.25},
+            "changed": {SCALING + "type": "longrope", SCALING + "original_context_length": 16, SCALING + "attn_factor": 1.25},
         },
         {
             "rope_type": "longrope",
             "short_factor": FACTORS.tolist(),
             "long_factor": (2 * FACTORS).tolist(),
             "attention_factor": 1.25,
-            "original_max_position_embeddings": 8,
+            "original_max_position_embeddings": 16,
         },
     ),
 }
