@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from methods import atomic, policy_file
+from methods.errors import InputError
 from methods.formats.format import parse_format
 from methods.formats.numerics import DTYPES, Compressed
 from methods.formats.stored import packed, unpacked
@@ -40,7 +41,7 @@ _FIRST_PARTS = ("weight", "codes", "scale", "offset")
 _TENSORS, _PAYLOAD, _POLICY = "model.safetensors", "payload.safetensors", "policy.yaml"
 
 
-class CorruptCheckpoint(ValueError):
+class CorruptCheckpoint(InputError):
     """A checkpoint folder that is not what was written: another schema, a missing or changed file."""
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
 from methods.atomic import write_text
+from methods.errors import InputError
 from profilers.kernels.build import kernel_folder
 from profilers.operators import contenders
 from profilers.target import Target
@@ -24,7 +25,7 @@ SCHEMA = 3
 KIND = "isolatency latency table"
 
 
-class TableError(ValueError):
+class TableError(InputError):
     """A file that is not a latency table, or not one of this machine."""
 
 

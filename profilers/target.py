@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from methods.errors import InputError
 from profilers.datasheets import sheet_of
 from profilers.label import Label
 
@@ -26,7 +27,7 @@ _NO_MATTER = ("OMP_NUM_THREADS", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
 _ENVIRONMENT = ("OMP_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "MKL_", "ATEN_CPU_CAPABILITY")
 
 
-class TargetError(ValueError):
+class TargetError(InputError):
     """A target that is not known, or that is absent and has no stored table."""
 
 

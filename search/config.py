@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.catalogue import method, model_method
+from methods.errors import InputError
 from methods.formats.format import parse_format
 from methods.policy import Decision
 from profilers.datasheets import DEVICE_TABLES
@@ -24,7 +25,7 @@ from spaces.runtimes import RUNTIMES
 from spaces.space import parsed_method
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A configuration that cannot be run; one line says which value and what to write instead."""
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from methods.atomic import staging_folder
+from methods.errors import InputError
 from methods.policy import Policy
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class TrialRecord:
         return self.policy.key(), self.n_tokens, self.role
 
 
-class ForeignStudy(ValueError):
+class ForeignStudy(InputError):
     """The study at hand is about something else; names the keys that differ."""
 
 

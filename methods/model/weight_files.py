@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from methods.errors import InputError
+
 WEIGHT_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-class LoadError(ValueError):
+class LoadError(InputError):
     """A model that cannot be loaded: what it is, why, and the way out, in one line."""
 
 
