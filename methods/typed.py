@@ -65,6 +65,7 @@ Parsers = Mapping[Any, Callable[[str], Any]]
 
 _INT = Range(-(2.0**63), 2.0**63)
 _SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
+_AS_IT_IS = (str, bool, float)
 _LONGEST = 60
 _MISSING = object()
 
@@ -82,7 +83,7 @@ def read(
 
     way_out: what the error says last; strict: whether a name that a dataclass has not is an error, or passed over.
     """
-    found: Value = _Reading(str(file), way_out, parsers or {}, strict).read(kind, value, "")
+    found: Value = _Reading(str(file), way_out, parsers or {}, strict).read(kind, value, ())
     return found
 
 
@@ -118,6 +119,10 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({type(value).__name__} of {len(text)} characters)"
 
 
+_Place = tuple[str | int, ...]
+_arguments = functools.cache(get_args)
+
+
 @dataclass(frozen=True)
 class _Reading:
     """One file that is read: its name, and what its errors say."""
@@ -127,40 +132,35 @@ class _Reading:
     parsers: Parsers
     strict: bool
 
-    def fail(self, place: str, expected: str, value: object) -> NoReturn:
+    def fail(self, place: _Place, expected: str, value: object) -> NoReturn:
         self.refuse(place, f"expected {expected}, found {shown(value)}")
 
-    def refuse(self, place: str, what: str) -> NoReturn:
-        raise WrongValue(self.file, place, what, self.way_out)
+    def refuse(self, place: _Place, what: str) -> NoReturn:
+        raise WrongValue(self.file, _written(place), what, self.way_out)
 
-    def read(self, kind: Any, value: object, place: str) -> Any:
-        if kind in (Any, object):
+    def read(self, kind: Any, value: object, place: _Place) -> Any:
+        if type(value) is kind and kind in _AS_IT_IS:
             return value
         if kind in self.parsers:
             return self.parsed(kind, value, place)
-        if kind in _SCALARS:
-            return self.scalar(kind, value, place)
-        origin, arguments = get_origin(kind), get_args(kind)
-        if origin is Annotated:
-            return self.bounded(kind, value, place)
-        if origin in (Union, types.UnionType):
-            return self.either(kind, value, place)
-        if origin is Literal:
-            return (
-                value if any(value == a and type(value) is type(a) for a in arguments) else self.fail(place, words(kind), value)
-            )
-        if isinstance(kind, type) and (dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)):
-            return self.named(kind, value, place)
-        return self.many(kind, origin or kind, arguments, value, place)
+        return getattr(self, _how(kind))(kind, value, place)
 
-    def parsed(self, kind: Any, value: object, place: str) -> Any:
+    def anything(self, kind: Any, value: object, place: _Place) -> Any:
+        return value
+
+    def literal(self, kind: Any, value: object, place: _Place) -> Any:
+        if any(type(value) is type(one) and value == one for one in _arguments(kind)):
+            return value
+        return self.fail(place, words(kind), value)
+
+    def parsed(self, kind: Any, value: object, place: _Place) -> Any:
         text = self.scalar(str, value, place)
         try:
             return self.parsers[kind](text)
         except ValueError as error:
             self.refuse(place, str(error))
 
-    def scalar(self, kind: Any, value: object, place: str) -> Any:
+    def scalar(self, kind: Any, value: object, place: _Place) -> Any:
         if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
             return float(value) if isinstance(value, float) or value in _INT else self.fail(place, "a number", value)
         if kind is int and isinstance(value, float) and value in _INT and value.is_integer():
@@ -169,31 +169,33 @@ class _Reading:
             return value
         return self.fail(place, words(kind), value)
 
-    def bounded(self, kind: Any, value: object, place: str) -> Any:
-        plain, *ranges = get_args(kind)
+    def bounded(self, kind: Any, value: object, place: _Place) -> Any:
+        plain, *ranges = _arguments(kind)
+        if type(value) is plain and all(value in allowed for allowed in ranges):
+            return value
         try:
             found = self.read(plain, value, place)
         except WrongValue as error:
-            if error.place == place:
+            if error.place == _written(place):
                 self.fail(place, words(kind), value)
             raise
-        if any(isinstance(allowed, Range) and found not in allowed for allowed in ranges):
+        if any(found not in allowed for allowed in ranges):
             self.fail(place, words(kind), value)
         return found
 
-    def either(self, kind: Any, value: object, place: str) -> Any:
-        """The first kind of a union that fits; where none does, the error of the one that went deepest into the value."""
+    def either(self, kind: Any, value: object, place: _Place) -> Any:
+        """The kind of a union that is the value's own, or the first that fits; else the error of one that went into the value."""
         deepest: WrongValue | None = None
-        for one in get_args(kind):
+        for one in sorted(_arguments(kind), key=lambda one: type(value) is not one):
             try:
                 return self.read(one, value, place)
             except WrongValue as error:
-                deepest = error if error.place != place else deepest
+                deepest = error if error.place != _written(place) else deepest
         if deepest is not None:
             raise deepest
         return self.fail(place, words(kind), value)
 
-    def named(self, kind: Any, value: object, place: str) -> Any:
+    def named(self, kind: Any, value: object, place: _Place) -> Any:
         if not isinstance(value, Mapping):
             self.fail(place, "an object", value)
         fields, required = _fields(kind)
@@ -204,8 +206,8 @@ class _Reading:
             self.refuse(place, f"unknown name {shown(next(iter(rest)))}; {hint}")
         for name in required:
             if name not in value:
-                self.fail(_inside(place, name), words(fields[name]), _MISSING)
-        found = {name: self.read(fields[name], value[name], _inside(place, name)) for name in fields if name in value}
+                self.fail((*place, name), words(fields[name]), _MISSING)
+        found = {name: self.read(fields[name], value[name], (*place, name)) for name in fields if name in value}
         if not dataclasses.is_dataclass(kind):
             return {**rest, **found}
         make: Any = kind
@@ -216,26 +218,49 @@ class _Reading:
         except ValueError as error:
             self.refuse(place, str(error))
 
-    def many(self, kind: Any, origin: Any, arguments: Sequence[Any], value: object, place: str) -> Any:
-        if isinstance(origin, type) and issubclass(origin, Mapping):
-            return self.mapping(arguments, value, place)
+    def fixed(self, kind: Any, value: object, place: _Place) -> Any:
+        kinds = _arguments(kind)
+        if not isinstance(value, list | tuple) or len(value) != len(kinds):
+            self.fail(place, words(kind), value)
+        return tuple(self.read(of, item, (*place, i)) for i, (of, item) in enumerate(zip(kinds, value, strict=True)))
+
+    def many(self, kind: Any, value: object, place: _Place) -> Any:
         if not isinstance(value, list | tuple):
             self.fail(place, words(kind), value)
-        if origin is tuple and arguments and Ellipsis not in arguments:
-            if len(value) != len(arguments):
-                self.fail(place, words(kind), value)
-            return tuple(self.read(k, item, f"{place}[{i}]") for i, (k, item) in enumerate(zip(arguments, value, strict=True)))
-        of = arguments[0] if arguments else Any
-        items = [self.read(of, item, f"{place}[{index}]") for index, item in enumerate(value)]
-        return items if origin is list else frozenset(items) if origin is frozenset else tuple(items)
+        of, whole = (_arguments(kind) or (Any,))[0], get_origin(kind) or kind
+        items = [self.read(of, item, (*place, index)) for index, item in enumerate(value)]
+        return items if whole is list else frozenset(items) if whole is frozenset else tuple(items)
 
-    def mapping(self, arguments: Sequence[Any], value: object, place: str) -> dict[str, Any]:
+    def mapping(self, kind: Any, value: object, place: _Place) -> dict[str, Any]:
         if not isinstance(value, Mapping):
             self.fail(place, "an object", value)
         for name in value:
             if not isinstance(name, str):
                 self.refuse(place, f"expected names that are text, found {shown(name)}")
-        return {name: self.read(arguments[1] if arguments else Any, item, _inside(place, name)) for name, item in value.items()}
+        of = (_arguments(kind) or (str, Any))[1]
+        return {name: self.read(of, item, (*place, name)) for name, item in value.items()}
+
+
+@functools.cache
+def _how(kind: Any) -> str:
+    """The method of `_Reading` that reads a kind."""
+    origin = get_origin(kind)
+    if kind in (Any, object):
+        return "anything"
+    if kind in _SCALARS:
+        return "scalar"
+    if origin in (Union, types.UnionType):
+        return "either"
+    if origin in (Annotated, Literal):
+        return "bounded" if origin is Annotated else "literal"
+    if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
+        return "named"
+    whole = origin or kind
+    if isinstance(whole, type) and issubclass(whole, Mapping):
+        return "mapping"
+    if whole not in (tuple, list, frozenset, Sequence):
+        raise TypeError(f"{kind!r} is no kind that stands in a file")
+    return "fixed" if whole is tuple and get_args(kind) and Ellipsis not in get_args(kind) else "many"
 
 
 def words(kind: Any) -> str:
@@ -261,13 +286,17 @@ def _fields(kind: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The kinds of a class' fields by name, and which of them have no default."""
     hints = typing.get_type_hints(kind, include_extras=True)
     if not dataclasses.is_dataclass(kind):
-        plain = {name: get_args(hint)[0] if get_origin(hint) is typing.NotRequired else hint for name, hint in hints.items()}
-        return plain, tuple(sorted(kind.__required_keys__))
+        optional = {name: get_args(hint)[0] for name, hint in hints.items() if get_origin(hint) is typing.NotRequired}
+        return {**hints, **optional}, tuple(name for name in hints if name not in optional)
     own = [item for item in dataclasses.fields(kind) if item.init]
     required = [item.name for item in own if item.default is item.default_factory is dataclasses.MISSING]
     return {item.name: hints[item.name] for item in own}, tuple(required)
 
 
-def _inside(place: str, name: str) -> str:
-    name = name if len(name) <= _LONGEST else f"{name[:_LONGEST]}…"
-    return f"{place}.{name}" if place else name
+def _written(place: _Place) -> str:
+    """`sites[3].options[0].ms`."""
+    text = ""
+    for step in place:
+        name = step if isinstance(step, int) or len(step) <= _LONGEST else f"{step[:_LONGEST]}…"
+        text += f"[{name}]" if isinstance(step, int) else f".{name}" if text else str(name)
+    return text

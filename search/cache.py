@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from methods.errors import InputError
 from search.config import ConfigError
 
 KINDS: Mapping[str, str] = {
@@ -192,11 +193,11 @@ def _edit(path: Path) -> str:
 
 
 def _table(path: Path) -> str:
-    from profilers.table import LatencyTable, TableError
+    from profilers.table import LatencyTable
 
     try:
         LatencyTable.load(path)
-    except TableError as error:
+    except InputError as error:
         return str(error)
     return ""
 

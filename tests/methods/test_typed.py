@@ -1,5 +1,7 @@
 """The typed reader: what fits is read as annotated, what does not is one line with file, place, kind, value and way out."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

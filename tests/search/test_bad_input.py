@@ -281,7 +281,7 @@ INPUTS: list[Bad] = [
     (
         "a torn config.json",
         lambda p: p.with_model(p.copied_model(lambda f: (f / "config.json").write_text('{"a'))),
-        "not valid JSON",
+        "not JSON",
     ),
     (
         "a model with code of its own",
@@ -303,7 +303,7 @@ INPUTS: list[Bad] = [
     ("a GGUF that is none", lambda p: p.with_model(p.file("m.gguf", "not a gguf")), "not a readable GGUF"),
     ("a model that is a text", lambda p: p.with_model(p.file("m.txt", "weights")), "a model is a folder with config.json"),
     ("a compressed checkpoint", lambda p: p.with_model(p.checkpoint()), "run it with `search generate"),
-    ("a table that is none", lambda p: table(p, "garbage\n"), "line 1 is not JSON"),
+    ("a table that is none", lambda p: table(p, "garbage\n"), "line 1: not JSON"),
     ("a table of something else", lambda p: table(p, '{"schema": 1}\n'), "not a latency table"),
     (
         "a table of a later version",
