@@ -103,6 +103,14 @@ def json_of(text: str | bytes, file: Path | str, way_out: str = "") -> Any:
         raise WrongValue(file, "", f"not JSON ({reason})", way_out) from None
 
 
+def text_of(path: Path, way_out: str = "") -> str:
+    """The text of a file in UTF-8; raises WrongValue, naming it, where it is none, OSError where there is no file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise WrongValue(path, "", f"not a text in UTF-8 (byte {error.start})", way_out) from None
+
+
 def shown(value: object) -> str:
     """A value of a file in few words."""
     if value is _MISSING:

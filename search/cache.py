@@ -208,7 +208,8 @@ def _compiled(path: Path) -> str:
     checksum = path.with_suffix(".sha256")
     if path.read_bytes()[:4] != b"\x7fELF":
         return "it is no shared library"
-    return "" if not checksum.exists() or checksum.read_text() == sha256(path) else "it is damaged: its checksum does not fit"
+    sound = not checksum.exists() or checksum.read_text(errors="replace") == sha256(path)
+    return "" if sound else "it is damaged: its checksum does not fit"
 
 
 def _pace(path: Path) -> str:

@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from profilers.workload import LENGTHS
 from search import machines
-from search.config import ConfigError, add_flags, default_cache, from_arguments
+from search.config import ConfigError, add_flags, check_range, default_cache, from_arguments
 from search.endings import Parser, Terminated, Version, ended_by, stopped_by_term
 
 if TYPE_CHECKING:
@@ -330,8 +331,7 @@ def _cache(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     from search.generate import generate
 
-    if arguments.tokens < 1:
-        raise ConfigError(f"--tokens {arguments.tokens}: must be at least 1")
+    check_range("--tokens", arguments.tokens, LENGTHS)
     folder, threads = _checkpoint(Path(arguments.checkpoint)), arguments.threads or None
     result = generate(folder, arguments.prompt, arguments.tokens, threads, arguments.on)
     if arguments.json:
