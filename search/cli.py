@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point: 0 for success, 1 for an objective that is not met, 2 for bad input, 3 for an internal error, 130 for Ctrl-C, 143 for
-    SIGTERM.
-    """
+    """Entry point: 0 for success, 1 for an objective not met, 2 for bad input, 3 for an internal error, 130 for Ctrl-C, 143 for SIGTERM."""
     parser = _parser()
     parsed = parser.parse_args(arguments)
     if not hasattr(parsed, "command"):
