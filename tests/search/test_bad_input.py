@@ -256,7 +256,11 @@ INPUTS: list[Bad] = [
     ),
     ("a TOML that is none", lambda p: p.run("--config", p.file("c.toml", "latency = 0.9x")), "not TOML"),
     ("a TOML of another program", lambda p: p.run("--config", p.file("c.toml", "colour = 'red'")), "unknown name 'colour'"),
-    ("a TOML value of another type", lambda p: p.run("--config", p.file("c.toml", "seed = 'one'")), "seed: expected a whole number, found 'one'"),
+    (
+        "a TOML value of another type",
+        lambda p: p.run("--config", p.file("c.toml", "seed = 'one'")),
+        "seed: expected a whole number, found 'one'",
+    ),
     ("a text that is none", lambda p: p.run("--data", p.file("t.txt", b"\xff\xfe\x00")), "cannot be read as .txt"),
     ("lines that are not JSON", lambda p: p.run("--data", p.file("t.jsonl", "{text: 1}")), "not JSON lines"),
     ("lines without a text", lambda p: p.run("--data", p.file("t.jsonl", '{"words": 1}')), "no column `text`"),
