@@ -51,7 +51,10 @@ class Bank:
             os.utime(path)
         if (described.site, described.decision) != (site, decision.label):
             raise ValueError(f"{path} holds {described.decision} of {described.site}; delete it and compute it again")
-        linears = {name: _unpacked(name, layer, tensors) for name, layer in described.linears.items()}
+        try:
+            linears = {name: _unpacked(name, layer, tensors) for name, layer in described.linears.items()}
+        except (ValueError, LookupError, RuntimeError) as error:
+            raise ValueError(f"{path} does not hold what it says ({error}); {_AGAIN}") from error
         return Edit(linears, {name.removeprefix("tensor/"): t for name, t in tensors.items() if name.startswith("tensor/")})
 
     def put(self, site: str, decision: Decision, edit: Edit) -> None:
@@ -87,7 +90,7 @@ class Linear:
     """A compressed linear of a bank's file: its format and the shape of its dense weight."""
 
     format: str
-    shape: tuple[Count, ...]
+    shape: tuple[Count, Count]
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class LinearEntry(TypedDict):
     """A compressed linear: its format, the shape of its dense weight, and the names of its payload's parts."""
 
     format: str
-    shape: list[Count]
+    shape: tuple[Count, Count]
     parts: NotRequired[list[str]]
 
 
@@ -205,9 +205,11 @@ def read(folder: Path) -> Stored:
         edits = {name: _read_edit(entry, payload) for name, entry in marker["sites"].items()}
         text = (folder / _POLICY).read_text(encoding="utf-8")
         return Stored(folder, load_file(folder / _TENSORS), edits, text, marker)
+    except CorruptCheckpoint:
+        raise
     except WrongValue as error:
         raise CorruptCheckpoint(str(error)) from None
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CorruptCheckpoint(f"{folder}: its files do not hold what {MARKER} says ({error}); {_AGAIN}") from error
 
 

@@ -28,6 +28,10 @@ class AssumedMap:
     low: NonNegative
     high: NonNegative
 
+    def __post_init__(self) -> None:
+        if not (self.b0_lo <= self.b0 <= self.b0_hi and self.low <= 1 <= self.high):
+            raise ValueError(f"assumed latency: {self}; needs b0_lo <= b0 <= b0_hi and low <= 1 <= high")
+
     @property
     def b1(self) -> float:
         """A millisecond of kernels is one of the model."""

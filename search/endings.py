@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dis
 import errno
+import re
 import signal
 import sys
 import threading
@@ -17,6 +18,9 @@ from typing import NoReturn
 
 from methods.errors import InputError
 from search.memory import out_of_memory
+
+_LONG = re.compile(r"\S{400,}")
+"""A value of a file in an error's text that nobody wants to read whole."""
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = tuple(_ROOT / name for name in ("methods", "profilers", "spaces", "predictors", "search"))
@@ -134,5 +138,10 @@ def one_line(error: BaseException) -> str:
         return f"{error.filename or 'file'}: {error.strerror}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"the Python package {error.name.partition('.')[0]} is not installed; install it with pip and repeat the command"
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return " ".join(text.split()) or type(error).__name__
+    text = _said(error)
+    return " ".join(_LONG.sub(lambda found: f"{found[0][:120]}…{found[0][-80:]}", text).split()) or type(error).__name__
+
+
+def _said(error: BaseException) -> str:
+    """What an error says of itself; of a KeyError not the repr of it."""
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

@@ -97,6 +97,10 @@ class Finalist:
     label: Label = "measured"
     met: tuple[Met, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not self.lo_ms <= self.latency_ms <= self.hi_ms:
+            raise ValueError(f"{self.name}: {self.latency_ms} ms is not between its bounds {self.lo_ms} and {self.hi_ms}")
+
     @property
     def over(self) -> float:
         """By how much the worst of the times asked for is exceeded: its upper bound as a share of the limit."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.atomic import write_text
+from methods.errors import InputError
 from methods.typed import Count, Positive, json_of, read
 from predictors.intervals import normal_interval
 from predictors.latency import LatencyModel
@@ -159,7 +160,13 @@ def _by_latency(entry: Entry) -> tuple[float, float]:
 
 def saved_report(folder: Path, objective: str = "") -> ReportData:
     """The report of a finished study, from what it left behind."""
-    return report_data(folder, saved_answer(folder, objective), saved_prepared(folder), saved_config(folder))
+    answer, prepared, config = saved_answer(folder, objective), saved_prepared(folder), saved_config(folder)
+    try:
+        return report_data(folder, answer, prepared, config)
+    except InputError:
+        raise
+    except (ValueError, LookupError, ArithmeticError) as error:
+        raise ConfigError(f"{folder}: its files do not fit together ({error}); repeat `search run`") from error
 
 
 def measured_entries(folder: Path, answer: Answer, workloads: Sequence[Workload]) -> list[Entry]:
