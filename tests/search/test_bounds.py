@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from methods.model.describe import describe
 from profilers.cores import TargetError, allowed_cpus, check_threads
 from profilers.duration import LONGEST_S, parse_duration
 from profilers.plan import log_uniform, read_shapes
@@ -15,6 +16,8 @@ from profilers.workload import BATCHES, LENGTHS, Workload, parse_workload
 from search.cli import main
 from search.config import ConfigError, RunConfig, read_toml
 from search.objectives import TimeKind, parse_bytes, parse_objective
+from search.room import check_texts, check_written
+from tests.tiny import HIDDEN, tiny_model
 
 NUMBERS = {item.name: item.metadata["allowed"] for item in dataclasses.fields(RunConfig) if item.type in ("int", "float")}
 DIGITS = "9" * 5000
@@ -153,6 +156,27 @@ def test_threads_are_those_of_the_machine(tmp_path: Path, capsys: pytest.Capture
         assert main([*command, "--threads", str(most + 1)]) == 2
         assert f"search: --threads {most + 1}: this machine has {most} CPUs" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_tokens_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    structure = describe(tiny_model("llama"), "bf16")
+    monkeypatch.setattr("search.room.memory_bytes", lambda: 4 * HIDDEN * 1000)
+    fits = {"calibration_tokens": 1000, "search_tokens": 1000, "validation_tokens": 1000}
+    check_texts(RunConfig(**fits), structure)
+    for name in fits:
+        with pytest.raises(
+            ConfigError, match=f"--{name.replace('_', '-')} 1001: .* {4 * HIDDEN} bytes a token.*fewer than 1000"
+        ):
+            check_texts(RunConfig(**{**fits, name: 1001}), structure)
+
+
+def test_what_is_written_fits_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    structure = describe(tiny_model("llama"), "bf16")
+    a_token = 2 * 3 * 3 * (HIDDEN // 6) * 2  # keys and values, blocks, heads, their width, bytes
+    monkeypatch.setattr("search.room.memory_bytes", lambda: a_token * 111)
+    check_written(structure, 10, 100, 2)
+    with pytest.raises(ConfigError, match=r"--tokens 101: "):
+        check_written(structure, 10, 101, 2)
 
 
 def test_a_plan_has_fewer_shapes_than_there_are() -> None:
