@@ -163,8 +163,8 @@ def saved_report(folder: Path, objective: str = "") -> ReportData:
     answer, prepared, config = saved_answer(folder, objective), saved_prepared(folder), saved_config(folder)
     try:
         return report_data(folder, answer, prepared, config)
-    except InputError:
-        raise
+    except InputError as error:
+        raise ConfigError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from error
     except (ValueError, LookupError, ArithmeticError) as error:
         raise ConfigError(f"{folder}: its files do not fit together ({error}); repeat `search run`") from error
 

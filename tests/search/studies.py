@@ -82,7 +82,7 @@ def answer() -> Answer:
         0.02,
         {"latency_ms": 5.0},
         report,
-        {"policies": 3, "table time": 1.5},
+        {"policies": 3.0, "table time": 1.5},
         {"torch": "2", "threads": "1"},
         ("a note",),
     )

@@ -187,7 +187,7 @@ FLAGS: list[tuple[list[object], str]] = [
     (["--transform", "gptq"], "--transform gptq"),
     (["--runtime", "onnx"], "onnx"),
     (["--runtime", "vllm", "--formats", "w3a8-g32-asym"], "nothing can be compressed"),
-    (["--sequence", "0"], "--sequence 0: use a whole number from 1 to"),
+    (["--sequence", "0"], "--sequence 0: use a whole number from 2 to"),
     (["--sequence", "long"], "'long'"),
     (["--calibration-tokens", "-5"], "--calibration-tokens -5"),
     (["--evaluations", "-1"], "--evaluations -1: use a whole number from 0 to"),

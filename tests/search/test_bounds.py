@@ -60,7 +60,7 @@ def test_beyond_its_range_a_number_is_refused(
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "1", None, True, 10**400])
 def test_what_is_no_number_is_refused_by_the_python_api(value: object) -> None:
-    with pytest.raises(ConfigError, match=r"--sequence .*: use a whole number from 1 to"):
+    with pytest.raises(ConfigError, match=r"--sequence .*: use a whole number from 2 to"):
         RunConfig(sequence=value)  # type: ignore[arg-type]
     if value is not True:
         with pytest.raises(ConfigError, match=r"--max-kl .*: use a number from 0 to"):

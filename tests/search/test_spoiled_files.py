@@ -251,7 +251,7 @@ def test_models(tmp_path: Path, arch: str, name: str) -> None:
         (folder / name).write_text(json.dumps(value))
         load(str(folder), tmp_path / "cache")
 
-    refused(spoiled(good, each=2, most=60), use, str(folder))
+    refused(spoiled(good, each=4, most=60), use, str(folder))
 
 
 def test_tokenizers(tmp_path: Path) -> None:
