@@ -8,8 +8,9 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from methods.atomic import write_bytes
 from methods.formats.format import parse_format
@@ -17,11 +18,13 @@ from methods.formats.numerics import Compressed
 from methods.formats.stored import packed, unpacked
 from methods.method import Edit
 from methods.policy import Decision
+from methods.typed import Count, json_of, read
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _VERSION = "1"
+_AGAIN = "delete it and compute it again"
 
 
 class Bank:
@@ -46,9 +49,12 @@ class Bank:
         described, tensors = read_edit(path)
         with contextlib.suppress(OSError):  # a bank that may only be read serves as well
             os.utime(path)
-        if (described["site"], described["decision"]) != (site, decision.label):
-            raise ValueError(f"{path} holds {described['decision']} of {described['site']}; delete it and compute it again")
-        linears = {name: _unpacked(name, layer, tensors) for name, layer in described["linears"].items()}
+        if (described.site, described.decision) != (site, decision.label):
+            raise ValueError(f"{path} holds {described.decision} of {described.site}; delete it and compute it again")
+        try:
+            linears = {name: _unpacked(name, layer, tensors) for name, layer in described.linears.items()}
+        except (ValueError, LookupError, RuntimeError) as error:
+            raise ValueError(f"{path} does not hold what it says ({error}); {_AGAIN}") from error
         return Edit(linears, {name.removeprefix("tensor/"): t for name, t in tensors.items() if name.startswith("tensor/")})
 
     def put(self, site: str, decision: Decision, edit: Edit) -> None:
@@ -79,7 +85,24 @@ class Bank:
         return self._folder / _file_name(site) / f"{_file_name(decision.label)}.safetensors"
 
 
-def read_edit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+@dataclass(frozen=True)
+class Linear:
+    """A compressed linear of a bank's file: its format and the shape of its dense weight."""
+
+    format: str
+    shape: tuple[Count, Count]
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a bank's file says that it holds: the edit of a site by a decision, given by its label."""
+
+    site: str
+    decision: str
+    linears: Mapping[str, Linear]
+
+
+def read_edit(path: Path) -> tuple[Described, dict[str, Tensor]]:
     """What a bank's file says that it holds, and its tensors; raises ValueError where the file is damaged or of another version."""
     from safetensors import SafetensorError, safe_open
 
@@ -92,8 +115,7 @@ def read_edit(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     spec = metadata.get("edit", "")
     if metadata.get("version") != _VERSION or metadata.get("sha256") != tensors_digest(spec, tensors):
         raise ValueError(f"{path} is damaged or of another version: its checksum does not fit; delete it and compute it again")
-    described: dict[str, Any] = json.loads(spec)
-    return described, tensors
+    return read(Described, json_of(spec, path, _AGAIN), path, _AGAIN), tensors
 
 
 def _file_name(text: str) -> str:
@@ -111,8 +133,8 @@ def tensors_digest(spec: str, tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _unpacked(name: str, layer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Compressed:
-    fmt = parse_format(str(layer["format"]))
+def _unpacked(name: str, layer: Linear, tensors: Mapping[str, Tensor]) -> Compressed:
+    fmt = parse_format(layer.format)
     prefix = f"linear/{name}/"
     parts = {part.removeprefix(prefix): tensor for part, tensor in tensors.items() if part.startswith(prefix)}
-    return Compressed.of(fmt, {part: unpacked(fmt, part, tensor, layer["shape"]) for part, tensor in parts.items()})
+    return Compressed.of(fmt, {part: unpacked(fmt, part, tensor, layer.shape) for part, tensor in parts.items()})

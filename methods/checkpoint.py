@@ -13,12 +13,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
 from methods import atomic, policy_file
+from methods.errors import InputError
 from methods.formats.format import parse_format
 from methods.formats.numerics import DTYPES, Compressed
 from methods.formats.stored import packed, unpacked
@@ -34,14 +35,45 @@ from methods.model.weights import digest_of
 from methods.policy import Policy
 from methods.policy_file import PolicyFile
 from methods.policy_text import Plain, plain
+from methods.typed import Count, WrongValue, json_of
+from methods.typed import read as read_typed
 
 SCHEMA = "isolatency-checkpoint/1"
 _FIRST_PARTS = ("weight", "codes", "scale", "offset")
+_AGAIN = "write the checkpoint again"
 _TENSORS, _PAYLOAD, _POLICY = "model.safetensors", "payload.safetensors", "policy.yaml"
 
 
-class CorruptCheckpoint(ValueError):
+class CorruptCheckpoint(InputError):
     """A checkpoint folder that is not what was written: another schema, a missing or changed file."""
+
+
+class LinearEntry(TypedDict):
+    """A compressed linear: its format, the shape of its dense weight, and the names of its payload's parts."""
+
+    format: str
+    shape: tuple[Count, Count]
+    parts: NotRequired[list[str]]
+
+
+class SiteEntry(TypedDict):
+    """The compressed linears of a site by name, and the names of the parameters that were replaced with them."""
+
+    linears: Mapping[str, LinearEntry]
+    tensors: list[str]
+
+
+class Marker(TypedDict):
+    """`isolatency.json`; files: the SHA-256 of the others by name; digest: of the rest of it; meta: the writer's."""
+
+    schema: str
+    dtype: Literal["bf16", "fp16", "fp32"]
+    policy: Mapping[str, str]
+    structure: str
+    sites: Mapping[str, SiteEntry]
+    meta: Mapping[str, Any]
+    files: Mapping[str, str]
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -55,12 +87,12 @@ class Stored:
     tensors: Mapping[str, Tensor]
     edits: Mapping[str, Edit]
     policy_text: str
-    marker: Mapping[str, Any]
+    marker: Marker
 
     @property
     def dtype(self) -> str:
         """The dtype that the model's weights were stored in, of `DTYPES`."""
-        return str(self.marker["dtype"])
+        return self.marker["dtype"]
 
 
 def structure_digest(structure: Structure) -> str:
@@ -164,42 +196,48 @@ def _marker_digest(marker: Mapping[str, Any]) -> str:
 
 def read(folder: Path) -> Stored:
     """The contents of a checkpoint, every file checked against its hash; raises CorruptCheckpoint in one line otherwise."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    marker = _read_marker(folder)
-    payload = load_file(folder / _PAYLOAD)
-    edits = {name: _read_edit(entry, payload) for name, entry in marker["sites"].items()}
-    text = (folder / _POLICY).read_text(encoding="utf-8")
-    return Stored(folder, load_file(folder / _TENSORS), edits, text, marker)
+    try:
+        marker = _read_marker(folder)
+        payload = load_file(folder / _PAYLOAD)
+        edits = {name: _read_edit(entry, payload) for name, entry in marker["sites"].items()}
+        text = (folder / _POLICY).read_text(encoding="utf-8")
+        return Stored(folder, load_file(folder / _TENSORS), edits, text, marker)
+    except CorruptCheckpoint:
+        raise
+    except WrongValue as error:
+        raise CorruptCheckpoint(str(error)) from None
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CorruptCheckpoint(f"{folder}: its files do not hold what {MARKER} says ({error}); {_AGAIN}") from error
 
 
-def _read_marker(folder: Path) -> dict[str, Any]:
+def _read_marker(folder: Path) -> Marker:
     path = folder / MARKER
     if not path.is_file():
         raise CorruptCheckpoint(f"{folder} is not a compressed checkpoint: it has no {MARKER}")
-    try:
-        marker: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CorruptCheckpoint(f"{path}: not JSON ({error}); write the checkpoint again") from None
+    marker = json_of(path.read_bytes(), path, _AGAIN)
     schema = marker.get("schema") if isinstance(marker, dict) else None
     if schema != SCHEMA:
         raise CorruptCheckpoint(f"{path}: schema={schema!r}; this version reads {SCHEMA} only")
     if marker.get("digest") != _marker_digest(marker):
         raise CorruptCheckpoint(f"{path} was changed after it was written; write the checkpoint again")
-    for name, digest in marker["files"].items():
+    found = read_typed(Marker, marker, path, _AGAIN)
+    for name, digest in found["files"].items():
         if not (folder / name).is_file():
             raise CorruptCheckpoint(f"{folder / name} is missing; write the checkpoint again")
         if atomic.sha256(folder / name) != digest:
             raise CorruptCheckpoint(f"{folder / name} was changed after it was written; write the checkpoint again")
-    return marker
+    return found
 
 
-def _read_edit(entry: Mapping[str, Any], payload: Mapping[str, Tensor]) -> Edit:
+def _read_edit(entry: SiteEntry, payload: Mapping[str, Tensor]) -> Edit:
     linears = {name: _read_linear(name, e, payload) for name, e in entry["linears"].items()}
     return Edit(linears, {name: payload[name] for name in entry["tensors"]})
 
 
-def _read_linear(name: str, entry: Mapping[str, Any], payload: Mapping[str, Tensor]) -> Compressed:
+def _read_linear(name: str, entry: LinearEntry, payload: Mapping[str, Tensor]) -> Compressed:
     fmt = parse_format(entry["format"])
     # Without a list of parts the checkpoint is of an earlier version, which knew these alone.
     parts = entry.get("parts") or [part for part in _FIRST_PARTS if f"{name}.{part}" in payload]

@@ -6,6 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import starmap
+
+from methods.typed import json_of, read
 
 Knob = bool | int | float | str
 """The value of a knob; JSON-serialisable."""
@@ -69,6 +72,17 @@ def _value(text: str) -> Knob:
     return text
 
 
+_Decisions = tuple[tuple[str, tuple[tuple[str, Knob], ...]], ...]
+
+
+@dataclass(frozen=True)
+class _Canonical:
+    """The canonical JSON of a policy: methods with their knobs."""
+
+    sites: Mapping[str, _Decisions]
+    model: _Decisions
+
+
 DENSE = Decision("none")
 """Leave the site as it is stored."""
 
@@ -92,15 +106,10 @@ class Policy:
 
     @classmethod
     def from_canonical(cls, text: str) -> Policy:
-        """Inverse of `canonical`."""
-        data = json.loads(text)
-
-        def decision(item: list[object]) -> Decision:
-            method, knobs = item
-            return Decision(str(method), tuple((str(k), v) for k, v in knobs))  # type: ignore[attr-defined]
-
-        sites = {site: tuple(decision(d) for d in items) for site, items in data["sites"].items()}
-        return cls(sites, tuple(decision(d) for d in data["model"]))
+        """Inverse of `canonical`; raises ValueError where the text is not that of a policy."""
+        data = read(_Canonical, json_of(text, "policy"), "policy")
+        sites = {site: tuple(starmap(Decision, items)) for site, items in data.sites.items()}
+        return cls(sites, tuple(starmap(Decision, data.model)))
 
     def key(self) -> str:
         """Content hash: 16 hex digits of the SHA-256 of `canonical()`."""

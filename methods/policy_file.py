@@ -3,8 +3,8 @@
     schema: llm-compression-policy/1
     transform: ['quarot:seed=0']  # what is done to the model as a whole, before anything else; most files have none
     default: {method: none}
-    rules:            # the whole module name matches, the LAST match wins
-      - {match: 'model\\.layers\\.\\d+\\.mlp\\.down_proj', method: int, bits: 4, group: 64, sym: true, act: 16, algo: {name: gptq}}
+    rules:            # the whole module name matches a glob (`methods.globs`), the LAST match wins
+      - {match: 'model.layers.*.mlp.{up,down}_proj', method: int, bits: 4, group: 64, sym: true, act: 16, algo: {name: gptq}}
     measured:         # every number says how it was obtained
       - {metric: latency_ms, value: 17.9, source: measured, n: 200}
 
@@ -156,7 +156,7 @@ def parse(text: str, structure: Structure) -> PolicyFile:
     _known(document, _FIELDS, "policy file")
     weights_algo = _mapping(document, "weights_algo")
     algo = weights_algo.get("name", DEFAULT_ALGO)
-    default = _rule({"match": ".*", **_mapping(document, "default", {"method": "none"})}, "default", algo)
+    default = _rule({"match": "**", **_mapping(document, "default", {"method": "none"})}, "default", algo)
     items = document.get("rules", [])
     if not isinstance(items, list):
         raise ValueError(f"rules: {items!r} is not a list")

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from methods.formats.format import DENSE_DTYPES, Format, parse_format
+from methods.globs import Glob, GlobError, either, from_regex, is_regex, numbers
 from methods.model.structure import Structure
 from methods.policy import DENSE, Decision, Knob, Policy
+from methods.typed import shown
 
 Decisions = tuple[Decision, ...]
 Spec = dict[str, object]
@@ -25,7 +27,7 @@ DEFAULT_ALGO = "rtn"
 
 @dataclass(frozen=True)
 class Rule:
-    """What the modules whose whole name matches a regular expression get; of several rules the last one wins."""
+    """What the modules whose whole name matches a glob (`methods.globs`) get; of several rules the last one wins."""
 
     match: str
     decisions: Decisions
@@ -182,14 +184,14 @@ def expand(rules: Iterable[Rule], default: Decisions, structure: Structure) -> d
     table = {layer.name: default for _, layer in structure.layers()}
     for index, rule in enumerate(rules):
         try:
-            pattern = re.compile(rule.match)
-        except re.error as error:
-            raise ValueError(f"rules[{index}]: match {rule.match!r} is not a regular expression: {error}") from None
-        hits = [module for module in table if pattern.fullmatch(module)]
+            pattern = Glob(from_regex(rule.match) if is_regex(rule.match) else rule.match)
+        except GlobError as error:
+            raise GlobError(f"rules[{index}]: {error}") from None
+        hits = [module for module in table if pattern.matches(module)]
         if not hits:
             example = next(iter(table), "none")
             raise ValueError(
-                f"rules[{index}]: match {rule.match!r} matches no linear of this model; a name is like {example!r}"
+                f"rules[{index}]: match {shown(rule.match)} matches no linear of this model; a name is like {example!r}"
             )
         table.update(dict.fromkeys(hits, rule.decisions))
     return table
@@ -207,7 +209,7 @@ def compress(table: Mapping[str, Decisions], structure: Structure) -> tuple[Rule
         if layer.name in places:
             blocks.setdefault(places[layer.name], {})[site.block] = table[layer.name]
         elif table[layer.name] != (DENSE,):
-            exact.append(Rule(re.escape(layer.name), table[layer.name]))
+            exact.append(Rule(layer.name, table[layer.name]))
     leaves: dict[tuple[bool, Decisions, tuple[int, ...]], list[str]] = {}
     for leaf, by_block in blocks.items():
         usual = Counter(by_block.values()).most_common(1)[0][0]
@@ -224,9 +226,9 @@ def compress(table: Mapping[str, Decisions], structure: Structure) -> tuple[Rule
 
 
 def _places(structure: Structure) -> dict[str, str]:
-    """Each module's place in its block as a pattern, the same in every block; modules outside numbered blocks are absent.
+    """Each module's place in its block as a glob, the same in every block; modules outside numbered blocks are absent.
 
-    Numbers inside a block (experts) become `\\d+` where all that the pattern then matches belongs to one site.
+    Numbers inside a block (experts) become `{0..}` where all that the glob then matches belongs to one site.
     """
     stem = _stem(structure)
     general: dict[str, str] = {}
@@ -235,8 +237,8 @@ def _places(structure: Structure) -> dict[str, str]:
     for site, layer in structure.layers():
         prefix = f"{stem}.{site.block}."
         if layer.name.startswith(prefix):
-            exact[layer.name] = re.escape(layer.name.removeprefix(prefix))
-            general[layer.name] = re.sub(r"(?<=\\\.)\d+(?=\\\.)", lambda _: r"\d+", exact[layer.name])
+            exact[layer.name] = layer.name.removeprefix(prefix)
+            general[layer.name] = re.sub(r"(?<=\.)\d+(?=\.)", "{0..}", exact[layer.name])
             owners.setdefault((site.block, general[layer.name]), set()).add(site.name)
     shared = {pattern for (_, pattern), sites in owners.items() if len(sites) > 1}
     return {name: exact[name] if pattern in shared else pattern for name, pattern in general.items()}
@@ -247,13 +249,10 @@ def _stem(structure: Structure) -> str:
 
 
 def _pattern(structure: Structure, where: tuple[int, ...], leaves: list[str]) -> str:
-    number = r"\d+" if not where else _either(list(map(str, where)))
+    number = numbers(where) if where else "*"
     parents: dict[str, list[str]] = {}
     for leaf in leaves:
-        parent, dot, last = leaf.rpartition(r"\.")
+        parent, dot, last = leaf.rpartition(".")
         parents.setdefault(parent + dot, []).append(last)
-    return rf"{re.escape(_stem(structure))}\.{number}\.{_either([parent + _either(last) for parent, last in parents.items()])}"
-
-
-def _either(patterns: list[str]) -> str:
-    return patterns[0] if len(patterns) == 1 else f"({'|'.join(patterns)})"
+    leaf = either([parent + either(last) for parent, last in parents.items()])
+    return f"{_stem(structure)}.{number}.{leaf}"

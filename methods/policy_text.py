@@ -63,11 +63,19 @@ def load(text: str) -> Plain:
 
     try:
         document = yaml.load(text, Loader=_dialect()[0])
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise ValueError("not YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         line = f" in line {mark.line + 1}" if mark else ""
         raise ValueError(f"not YAML{line}: {getattr(error, 'problem', None) or error}") from None
     return plain(document, "document")
+
+
+def _unused_tag(event: Any) -> str:
+    """Which explicit tag an event has: each is one more way to write a value, and some of them end in a crash of the parser."""
+    tag = getattr(event, "tag", None)
+    return "" if tag in (None, "!") else f"the tag {tag} is"
 
 
 @functools.cache
@@ -77,14 +85,17 @@ def _dialect() -> tuple[Any, Any]:
 
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
-            if self.check_event(yaml.AliasEvent):
-                mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-                raise yaml.MarkedYAMLError(problem="aliases are not used here", problem_mark=mark)
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            unused = "aliases are" if isinstance(event, yaml.AliasEvent) else _unused_tag(event)
+            if unused:
+                raise yaml.MarkedYAMLError(problem=f"{unused} not used here", problem_mark=event.start_mark)
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen = set()
             for key_node, _ in node.value:
+                if not isinstance(key_node, yaml.ScalarNode):
+                    raise yaml.MarkedYAMLError(problem="a name is a list or mapping", problem_mark=key_node.start_mark)
                 if key_node.value in seen:
                     raise yaml.MarkedYAMLError(problem=f"{key_node.value!r} is given twice", problem_mark=key_node.start_mark)
                 seen.add(key_node.value)

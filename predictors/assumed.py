@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from methods.typed import Finite, NonNegative, read
 from predictors.intervals import Interval
 from predictors.latency import Run
 
@@ -21,11 +22,15 @@ class AssumedMap:
     the parts, added up: they are assumptions about an absent device and cover no stated share of measurements.
     """
 
-    b0: float
-    b0_lo: float
-    b0_hi: float
-    low: float
-    high: float
+    b0: Finite
+    b0_lo: Finite
+    b0_hi: Finite
+    low: NonNegative
+    high: NonNegative
+
+    def __post_init__(self) -> None:
+        if not (self.b0_lo <= self.b0 <= self.b0_hi and self.low <= 1 <= self.high):
+            raise ValueError(f"assumed latency: {self}; needs b0_lo <= b0 <= b0_hi and low <= 1 <= high")
 
     @property
     def b1(self) -> float:
@@ -66,4 +71,5 @@ class AssumedMap:
             raise ValueError(
                 f"latency model: version {data.get('version')!r}, this program reads {_VERSION}; prepare the study again"
             )
-        return cls(**{name: float(data[name]) for name in ("b0", "b0_lo", "b0_hi", "low", "high")})
+        numbers = {name: value for name, value in data.items() if name not in ("version", "kind")}
+        return read(cls, numbers, "latency model", "prepare the study again")

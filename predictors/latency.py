@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from methods.typed import Finite, NonNegative, Positive, Share, WrongValue, read
 from predictors.intervals import Interval, conformal_half_width
 
 Floats = NDArray[np.float64]
@@ -20,6 +21,7 @@ _PENALTIES = (1e-3, 1e-2, 1e-1)
 _PAYS = 0.95  # an extra term has to lower the leave-one-out error by this factor, or it is not worth a coefficient
 _FLOOR = 0.02  # relative: what policies differ by that the form cannot say, however well a run was measured
 _VERSION = 1
+_TITLE, _AGAIN = "latency model", "fit it again"
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,13 @@ class LatencyModel:
     residuals: relative leave-one-out residuals, the choice of terms repeated without the run that is left out.
     """
 
-    b0: float
-    b1: float
-    terms: tuple[tuple[str, float], ...]
-    penalty: float
-    coverage: float
+    b0: Finite
+    b1: Positive
+    terms: tuple[tuple[str, Finite], ...]
+    penalty: NonNegative
+    coverage: Share
     runs: tuple[Run, ...]
-    residuals: tuple[float, ...]
+    residuals: tuple[Finite, ...]
 
     @cached_property
     def _inverse(self) -> Floats:
@@ -174,13 +176,14 @@ class LatencyModel:
         """Inverse of `to_dict`; raises ValueError on another version or a missing field."""
         if data.get("version") != _VERSION:
             raise ValueError(f"latency model: version {data.get('version')!r}, this program reads {_VERSION}; fit it again")
-        try:
-            terms = tuple((str(name), float(value)) for name, value in data["terms"])
-            runs = tuple(Run(**run) for run in data["runs"])
-            numbers = {name: float(data[name]) for name in ("b0", "b1", "penalty", "coverage")}
-            return cls(terms=terms, runs=runs, residuals=tuple(float(r) for r in data["residuals"]), **numbers)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"latency model: not readable ({error}); fit it again") from error
+        found = read(cls, {name: value for name, value in data.items() if name != "version"}, _TITLE, _AGAIN)
+        if not found.runs or len(found.residuals) != len(found.runs):
+            n, m = len(found.runs), len(found.residuals)
+            raise WrongValue(_TITLE, "residuals", f"expected one for each run, found {m} for {n} runs", _AGAIN)
+        lacking = [name for name, _ in found.terms for run in found.runs if name not in run.features]
+        if lacking:
+            raise WrongValue(_TITLE, "terms", f"the runs lack {lacking[0]!r}", _AGAIN)
+        return found
 
 
 def fit_latency(runs: Sequence[Run], coverage: float = 0.9) -> LatencyModel:

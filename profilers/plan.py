@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from methods.formats.format import parse_format
 from methods.model.structure import Structure
+from methods.typed import Range, shown, text_of
 from profilers.cached_attention import Heads
 from profilers.cells import Widths, operator_cells, site_cells
 from profilers.table import KernelKey
@@ -25,6 +26,12 @@ DECODE_ROWS = (1, 2, 4, 8, 16)
 PREFILL_ROWS = (128, 512, 2048)
 FIRST_ROWS = (1, 512)
 """One of each phase."""
+
+PLANS = Range(0, 10_000)
+"""Log-uniform shapes of one plan; there are some 60,000 that differ."""
+
+SIDES = Range(1, 2**20)
+"""Outputs or inputs of a linear."""
 
 BATCHES = (1, 8)
 CONTEXTS = (128, 512, 2048, 8192)
@@ -93,6 +100,8 @@ MODELS: Mapping[str, Sizes] = MappingProxyType(
 
 def log_uniform(count: int = 40, seed: int = 0, smallest: int = 192, largest: int = 16384) -> list[Shape]:
     """Shapes whose sides, multiples of 64, are spread evenly over their logarithm: what a fit between shapes needs."""
+    if count not in PLANS:
+        raise ValueError(f"--plan {count}: use a whole number{PLANS.words}")
     generator = random.Random(seed)
 
     def side() -> int:
@@ -107,14 +116,17 @@ def log_uniform(count: int = 40, seed: int = 0, smallest: int = 192, largest: in
 
 def read_shapes(path: Path) -> list[Shape]:
     """Shapes from a text file, `outputs inputs` a line (commas do too, `#` starts a comment); raises ValueError naming the line."""
-    shapes = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    shapes: list[Shape] = []
+    for number, line in enumerate(text_of(path, "give a text file of shapes").splitlines(), 1):
         content = line.partition("#")[0].strip()
-        match = re.fullmatch(r"(\d+)[\s,;x]+(\d+)", content)
-        if content and not match:
-            raise ValueError(f"{path}: line {number}, {content!r}, is not a shape; write outputs and inputs, such as 1536 576")
-        if match:
-            shapes.append((int(match[1]), int(match[2])))
+        match = re.fullmatch(r"([0-9]{1,7})[\s,;x]+([0-9]{1,7})", content)
+        sides = tuple(map(int, match.groups())) if match else ()
+        if content and not (sides and all(side in SIDES for side in sides)):
+            raise ValueError(
+                f"{path}: line {number}, {shown(content)}, is not a shape; write outputs and inputs{SIDES.words}, such as 1536 576"
+            )
+        if sides:
+            shapes.append((sides[0], sides[1]))
     if not shapes:
         raise ValueError(f"{path}: no shapes in it; write outputs and inputs, such as 1536 576, one shape a line")
     return shapes

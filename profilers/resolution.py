@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from methods.errors import InputError
+from methods.typed import json_of
 from profilers.datasheets import DATASHEETS, DEVICE_TABLES, Datasheet
-from profilers.table import TableError, check_header
+from profilers.table import Header, check_header
 from profilers.target import Target, TargetError, cuda_capabilities, digest_of, local_cpu, local_cuda
 
 _SUFFIXES = (".parquet", ".jsonl")
@@ -48,7 +49,7 @@ def resolve(
 
 
 def look_up(name: str, folders: Sequence[Path] = (DEVICE_TABLES,), threads: int | None = None) -> Resolution:
-    """What a name resolves to; raises TableError or TargetError where its table cannot be read."""
+    """What a name resolves to; raises InputError where its table cannot be read."""
     if name == "cpu":
         return Resolution(name, "here", "the CPU of this machine", local_cpu(threads))
     gpu = local_cuda()
@@ -79,7 +80,7 @@ def listing(folders: Sequence[Path] = (DEVICE_TABLES,), threads: int | None = No
     for name in dict.fromkeys(("cpu", "cuda", *DATASHEETS, *sorted(stored))):
         try:
             found.append(look_up(name, folders, threads))
-        except (TableError, TargetError) as error:
+        except InputError as error:
             found.append(Resolution(name, "not here", str(error), None))
     return found
 
@@ -144,37 +145,34 @@ def _from_sheet(sheet: Datasheet) -> Target:
 
 def _stored(name: str, path: Path) -> Target:
     header = _header(path)
-    try:
-        return Target(
-            name=name,
-            arch=str(header["arch"]),
-            present=False,
-            compute_dtype=header["compute_dtype"],
-            threads=int(header["threads"]),
-            memory_bytes=int(header["memory_bytes"]),
-            capabilities=frozenset(header["capabilities"]),
-            fingerprint=str(header["fingerprint"]),
-            description=str(header["description"]),
-            cache_bytes=int(header.get("cache_bytes", 32 << 20)),
-            table=path,
-            device=header.get("device", "cpu"),
-            sheet=str(header.get("sheet", "")),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise TargetError(f"{path}: not a latency table ({error!r}); measure it again on {name}") from error
+    missing = [fact for fact in ("arch", "compute_dtype", "threads", "memory_bytes", "capabilities") if fact not in header]
+    if missing:
+        raise TargetError(f"{path}: its header lacks {', '.join(missing)}, as in old tables; measure it again on {name}")
+    return Target(
+        name=name,
+        arch=header["arch"],
+        present=False,
+        compute_dtype=header["compute_dtype"],
+        threads=header["threads"],
+        memory_bytes=header["memory_bytes"],
+        capabilities=frozenset(header["capabilities"]),
+        fingerprint=header["fingerprint"],
+        description=header["description"],
+        cache_bytes=header.get("cache_bytes", 32 << 20),
+        table=path,
+        device=header.get("device", "cpu"),
+        sheet=header.get("sheet", ""),
+    )
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _header(path: Path) -> Header:
     if path.suffix == ".parquet":
         from profilers import stored
 
         return stored.read(path)[0]
     try:
         with path.open(encoding="utf-8") as file:
-            header = json.loads(file.readline())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TargetError(f"{path}: not a latency table ({error!r}); measure it again") from error
-    if not isinstance(header, dict):
-        raise TargetError(f"{path}: not a latency table; measure it again")
-    check_header(path, header)
-    return header
+            line = file.readline()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TargetError(f"{path}: not a latency table ({error}); measure it again") from error
+    return check_header(path, json_of(line, path, "it is no latency table: measure it again"))

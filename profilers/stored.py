@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from methods.atomic import write_bytes
-from profilers.table import SCHEMA, LatencyTable, TableError, check_header
+from methods.typed import json_of
+from methods.typed import read as typed
+from profilers.table import SCHEMA, Header, LatencyTable, TableError, check_header
 from profilers.target import differences
 
+_AGAIN = "remove it to measure again"
 _METADATA = b"isolatency"
 _COLUMNS = (
     "check", "kernel", "implementation", "op", "format", "m", "n", "k", "status", "label", "median_ms", "p10_ms", "p90_ms", "record",
@@ -43,19 +46,21 @@ def write(table: LatencyTable, path: Path, provenance: Mapping[str, Any] | None 
     write_bytes(path, sink.getvalue())
 
 
-def read(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and rows of a file; raises TableError, in one line, where it is corrupt, foreign, or of a newer schema."""
+def read(path: Path) -> tuple[Header, list[dict[str, Any]]]:
+    """Header and rows of a file; raises TableError or WrongValue, in one line, where it is corrupt, foreign, or of a newer schema."""
     pyarrow, parquet = _libraries()
     try:
         data = parquet.read_table(path)
-        header = json.loads((data.schema.metadata or {})[_METADATA])
-    except KeyError:
-        raise TableError(f"{path}: Parquet, but not a latency table; remove it to measure again") from None
     except (OSError, ValueError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise TableError(f"{path}: cannot be read as a latency table ({reason}); remove it to measure again") from error
-    check_header(path, header)
-    records = [json.loads(text) for text in data.column("record").to_pylist()]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TableError(f"{path}: cannot be read as a latency table ({reason}); {_AGAIN}") from error
+    metadata = data.schema.metadata or {}
+    if _METADATA not in metadata or "record" not in data.column_names:
+        raise TableError(f"{path}: Parquet, but not a latency table; {_AGAIN}")
+    header = check_header(path, json_of(metadata[_METADATA], f"{path}: header", _AGAIN))
+    texts = typed(tuple[str, ...], data.column("record").to_pylist(), f"{path}: records", _AGAIN)
+    kept = (json_of(text, f"{path}: row {number}", _AGAIN) for number, text in enumerate(texts, 1))
+    records = [typed(dict[str, Any], record, f"{path}: row {number}", _AGAIN) for number, record in enumerate(kept, 1)]
     if header.get("content_hash") != content_hash(records):
         raise TableError(f"{path}: its rows are not those that its hash is of; measure it again or get another copy")
     return header, records

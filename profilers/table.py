@@ -10,9 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, BinaryIO, Literal, NotRequired, Self, TypedDict
 
 from methods.atomic import write_text
+from methods.errors import InputError
+from methods.typed import AtLeastOne, Count, Positive, json_of, read
 from profilers.kernels.build import kernel_folder
 from profilers.operators import contenders
 from profilers.target import Target
@@ -24,7 +26,7 @@ SCHEMA = 3
 KIND = "isolatency latency table"
 
 
-class TableError(ValueError):
+class TableError(InputError):
     """A file that is not a latency table, or not one of this machine."""
 
 
@@ -41,9 +43,9 @@ class KernelKey:
 
     op: str
     format: str
-    m: int
-    n: int
-    k: int
+    m: Count
+    n: Count
+    k: Count
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Row:
     source: str
     reason: str = ""
     timing: Timing | None = None
-    size_bytes: int = 0
+    size_bytes: Count = 0
     cpu_ms: float = 0.0
     load: float = 0.0
     cold: bool = True
@@ -79,9 +81,9 @@ class Check:
     kind: Literal["repeat", "drift", "block"]
     kernel: str
     key: KernelKey
-    first_ms: float
-    again_ms: float
-    size_bytes: int
+    first_ms: Positive
+    again_ms: Positive
+    size_bytes: Count
     load: float
     clock_mhz: float = math.nan
 
@@ -89,6 +91,31 @@ class Check:
     def ratio(self) -> float:
         """The larger median over the smaller."""
         return max(self.first_ms, self.again_ms) / min(self.first_ms, self.again_ms)
+
+
+class Header(TypedDict):
+    """A table's first line: what was measured, and how. The first tables said of a device only what it is."""
+
+    schema: int
+    kind: Literal["isolatency latency table"]
+    fingerprint: str
+    description: str
+    facts: NotRequired[Mapping[str, Any]]
+    arch: NotRequired[str]
+    device: NotRequired[Literal["cpu", "cuda"]]
+    sheet: NotRequired[str]
+    compute_dtype: NotRequired[Literal["bf16", "fp32"]]
+    threads: NotRequired[AtLeastOne]
+    memory_bytes: NotRequired[AtLeastOne]
+    capabilities: NotRequired[list[str]]
+    cache_bytes: NotRequired[Count]
+    versions: NotRequired[Mapping[str, str]]
+    date: NotRequired[str]
+    provenance: NotRequired[Mapping[str, Any]]
+    content_hash: NotRequired[str]
+
+
+_AGAIN = "remove the file to measure again"
 
 
 @dataclass
@@ -104,7 +131,7 @@ class LatencyTable:
     path: Path | None = None
     rows: dict[tuple[str, KernelKey], Row] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
-    header: Mapping[str, Any] = field(default_factory=dict)
+    header: Mapping[str, Any] = field(default_factory=dict)  # of `Header`
 
     @classmethod
     def open(cls, folder: Path, target: Target) -> Self:
@@ -146,8 +173,7 @@ class LatencyTable:
             lines = path.read_text(encoding="utf-8").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise TableError(f"{path}: cannot be read as a latency table ({error}); remove it to measure again") from error
-        header = _parse(path, 1, lines[0])
-        check_header(path, header)
+        header = check_header(path, _parse(path, 1, lines[0]))
         table = cls(header["fingerprint"], header["description"], path, header=header)
         for number, line in enumerate(lines[1:-1], 2):
             table._take(path, number, _parse(path, number, line))
@@ -236,18 +262,14 @@ class LatencyTable:
         self.rows[row.kernel, row.key] = row
 
     def _take(self, path: Path, number: int, record: dict[str, Any]) -> None:
-        try:
-            if "provenance" in record:
-                self.header = {**self.header, "provenance": {**self.header.get("provenance", {}), **record["provenance"]}}
-                return
-            if "check" in record:
-                check = dict(record["check"])
-                self.checks.append(Check(key=KernelKey(**check.pop("key")), **check))
-                return
-            timing = Timing(**record.pop("timing")) if record.get("timing") else None
-            self._keep(Row(key=KernelKey(**record.pop("key")), **{**record, "timing": timing}))
-        except (TypeError, KeyError, ValueError) as error:
-            raise TableError(f"{path}: line {number} is not a row ({error}); remove the file to measure again") from error
+        line = f"{path}: line {number}"
+        if "provenance" in record:
+            told = read(dict[str, Any], record["provenance"], line, _AGAIN)
+            self.header = {**self.header, "provenance": {**self.header.get("provenance", {}), **told}}
+        elif "check" in record:
+            self.checks.append(read(Check, record["check"], line, _AGAIN))
+        else:
+            self._keep(read(Row, record, line, _AGAIN))
 
 
 def header_of(target: Target) -> dict[str, Any]:
@@ -274,23 +296,19 @@ def header_of(target: Target) -> dict[str, Any]:
     }
 
 
-def check_header(path: Path, header: Mapping[str, Any]) -> None:
-    """Raises TableError, in one line, for a header that this program cannot take."""
-    if header.get("kind") != KIND or not isinstance(header.get("schema"), int):
+def check_header(path: Path, header: Any) -> Header:
+    """The header as it is, of its kinds; raises TableError or WrongValue, in one line, for one that this program cannot take."""
+    if not isinstance(header, dict) or header.get("kind") != KIND or not isinstance(header.get("schema"), int):
         raise TableError(f"{path}: not a latency table; remove it to measure again")
     if header["schema"] > SCHEMA:
         raise TableError(
             f"{path}: schema {header['schema']} is newer than this program's {SCHEMA}; update it or remove the file"
         )
-    if not {"fingerprint", "description"} <= set(header):
-        raise TableError(f"{path}: the header lacks its fingerprint; remove it to measure again")
+    return read(Header, header, f"{path}: header", _AGAIN)
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        data = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TableError(f"{path}: line {number} is not JSON ({error}); remove the file to measure again") from error
+    data = json_of(line, f"{path}: line {number}", _AGAIN)
     if not isinstance(data, dict):
         raise TableError(f"{path}: line {number} is not a row; remove the file to measure again")
     stored = data.pop("sha256", None)

@@ -14,8 +14,11 @@ from typing import Any, Literal
 
 import torch
 
+from profilers.cores import TargetError, check_threads, physical_cores
 from profilers.datasheets import sheet_of
 from profilers.label import Label
+
+__all__ = ["Target", "TargetError", "differences", "digest_of", "local_cpu", "local_cuda", "memory_bytes", "physical_cores"]
 
 _CPU_FLAGS = (
     "avx2", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "i8mm",
@@ -30,10 +33,6 @@ only print when a process starts.
 """
 
 _ENVIRONMENT = ("OMP_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "MKL_", "ATEN_CPU_CAPABILITY")
-
-
-class TargetError(ValueError):
-    """A target that is not known, or that is absent and has no stored table."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,8 @@ def local_cpu(threads: int | None = None) -> Target:
     """This machine's CPU. `threads` defaults to half of the physical cores: the rest of the machine keeps the other half."""
     model, flags = _cpu_model()
     cores = physical_cores()
-    if threads is not None and threads < 1:
-        raise TargetError(f"target cpu: threads={threads}; use 1 to {cores}")
+    if threads is not None:
+        check_threads(threads)
     n_threads = threads or max(1, cores // 2)
     capabilities = frozenset(flag for flag in _CPU_FLAGS if flag in flags)
     caches = dict(_caches())
@@ -186,18 +185,6 @@ def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
 def _without(a: list[str], b: list[str]) -> list[str]:
     """The first few of `a` that are not in `b`."""
     return [item for item in a if item not in b][:8]
-
-
-def physical_cores() -> int:
-    """Physical cores this process may use (affinity counted); logical ones where the system does not tell."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        try:
-            cores.add(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip())
-        except OSError:
-            return len(allowed)
-    return len(cores)
 
 
 def memory_bytes() -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from methods.locks import try_lock, unlock
+from methods.typed import Count, NonNegative, Positive
 from profilers.label import Label
 
 if os.name != "nt":  # Windows has no such module; then no sample is known to be interrupted
@@ -77,10 +78,10 @@ class Timing:
     the medians of even and odd rounds, larger over smaller (1.0 is a quiet machine); label: see `profilers.label`.
     """
 
-    median_ms: float
-    p10_ms: float
-    p90_ms: float
-    repeats: int
+    median_ms: Positive
+    p10_ms: NonNegative
+    p90_ms: NonNegative
+    repeats: Count
     label: Label = "measured"
     lo_ms: float = math.nan
     hi_ms: float = math.nan

@@ -6,6 +6,13 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from methods.errors import InputError
+from methods.typed import Range, shown
+
+BATCHES = Range(1, 2**16)
+LENGTHS = Range(1, 2**22)
+"""Of a context or a prompt; how long a model can be is checked where the model is known."""
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -18,6 +25,12 @@ class Workload:
     batch: int = 1
     context: int = 512
     prompt: int = 512
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("batch", BATCHES), ("context", LENGTHS), ("prompt", LENGTHS)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value not in allowed:
+                raise InputError(f"workload: {name}={value} is not possible; use a whole number{allowed.words}")
 
     @property
     def tokens_in_flight(self) -> int:
@@ -42,13 +55,15 @@ def parse_workload(text: str) -> Workload:
     allowed = {"decode": ("batch", "context"), "prefill": ("batch", "prompt")}
     grammar = "write decode:batch=1,context=512 or prefill:batch=1,prompt=512"
     if not match:
-        raise ValueError(f"workload {text!r}: {grammar}")
+        raise ValueError(f"workload {shown(text)}: {grammar}")
     phase = match[1]
     values: dict[str, int] = {}
     for item in filter(None, (match[2] or "").split(",")):
         name, _, number = item.partition("=")
         name = "prompt" if name == "tokens" and phase == "prefill" else name
-        if name not in allowed[phase] or not number.isdigit() or int(number) < 1:
-            raise ValueError(f"workload {text!r}: {item!r} is not one of {allowed[phase]} with a whole number; {grammar}")
+        if name not in allowed[phase] or not re.fullmatch(r"0*[1-9][0-9]{0,9}", number):
+            raise ValueError(
+                f"workload {shown(text)}: {shown(item)} is not one of {allowed[phase]} with a whole number; {grammar}"
+            )
         values[name] = int(number)
     return Workload(phase=phase, **values)  # type: ignore[arg-type]

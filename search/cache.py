@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from methods.errors import InputError
 from search.config import ConfigError
 
 KINDS: Mapping[str, str] = {
@@ -194,11 +195,11 @@ def _edit(path: Path) -> str:
 
 
 def _table(path: Path) -> str:
-    from profilers.table import LatencyTable, TableError
+    from profilers.table import LatencyTable
 
     try:
         LatencyTable.load(path)
-    except TableError as error:
+    except InputError as error:
         return str(error)
     return ""
 
@@ -209,7 +210,8 @@ def _compiled(path: Path) -> str:
     checksum = path.with_suffix(".sha256")
     if path.read_bytes()[:4] != b"\x7fELF":
         return "it is no shared library"
-    return "" if not checksum.exists() or checksum.read_text() == sha256(path) else "it is damaged: its checksum does not fit"
+    sound = not checksum.exists() or checksum.read_text(errors="replace") == sha256(path)
+    return "" if sound else "it is damaged: its checksum does not fit"
 
 
 def _pace(path: Path) -> str:

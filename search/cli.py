@@ -13,18 +13,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from profilers.workload import LENGTHS
 from search import machines
-from search.config import ConfigError, add_flags, default_cache, from_arguments
-from search.endings import Parser, Terminated, Version, interrupted, one_line, stopped_by_term
+from search.config import ConfigError, add_flags, check_range, default_cache, from_arguments
+from search.endings import Parser, Terminated, Version, ended_by, interrupted, stopped_by_term
 from search.files import plain
-from search.memory import out_of_memory
 
 if TYPE_CHECKING:
     from search.results import Answer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point: 0 for success, 1 for an objective that is not met, 2 for bad input, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Entry point: 0 for success, 1 for an objective not met, 2 for bad input, 3 for an internal error, 130 for Ctrl-C, 143 for SIGTERM."""
     parser = _parser()
     parsed = parser.parse_args(arguments)
     if not hasattr(parsed, "command"):
@@ -40,11 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, KeyError, OSError, ImportError, MemoryError, RuntimeError) as error:
-        if parsed.debug or (isinstance(error, RuntimeError) and not out_of_memory(error)):
-            raise
-        sys.stderr.write(f"search: {one_line(error)}\n")
-        return 2
+    except Exception as error:  # noqa: BLE001 (the last handler: what nobody expected is one line as well)
+        return ended_by(error, parsed.debug)
 
 
 def _quiet_libraries() -> None:
@@ -323,8 +320,7 @@ def _cache(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     from search.generate import generate
 
-    if arguments.tokens < 1:
-        raise ConfigError(f"--tokens {arguments.tokens}: must be at least 1")
+    check_range("--tokens", arguments.tokens, LENGTHS)
     folder, threads = _checkpoint(Path(arguments.checkpoint)), arguments.threads or None
     result = generate(folder, arguments.prompt, arguments.tokens, threads, arguments.on)
     if arguments.json:

@@ -11,25 +11,34 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 from methods.catalogue import method, model_method
+from methods.errors import InputError
 from methods.formats.format import parse_format
 from methods.policy import Decision
+from methods.typed import Range, WrongValue, read, shown, words
 from profilers.datasheets import DEVICE_TABLES
 from profilers.duration import parse_duration
-from profilers.workload import Workload
+from profilers.workload import LENGTHS, Workload
 from search.objectives import BYTES, TIMES, Objective, Objectives, parse_workloads
 from spaces.runtimes import RUNTIMES
 from spaces.space import parsed_method
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A configuration that cannot be run; one line says which value and what to write instead."""
 
 
-def _option(default: Any, help_text: str, *, metavar: str | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    meta = {"help": help_text, "metavar": metavar, "choices": choices}
+def _option(
+    default: Any,
+    help_text: str,
+    *,
+    metavar: str | None = None,
+    choices: tuple[str, ...] | None = None,
+    allowed: Range | None = None,
+) -> Any:
+    meta = {"help": help_text, "metavar": metavar, "choices": choices, "allowed": allowed}
     if isinstance(default, list):
         return field(default_factory=lambda: tuple(default), metadata=meta)
     return field(default=default, metadata=meta)
@@ -46,6 +55,22 @@ def default_cache() -> Path:
 def device_folders(devices: str) -> tuple[Path, ...]:
     """Where tables of other machines are looked for: the folder given, then the project's own."""
     return (Path(devices).expanduser(), DEVICE_TABLES) if devices else (DEVICE_TABLES,)
+
+
+SEQUENCES = Range(2, LENGTHS.high)
+"""A loss needs a token to read and one to predict."""
+
+TOKENS = Range(1, 2**33)
+"""Of a text: one of so many would not fit into the memory of any machine; what fits into this one's is checked with the model."""
+
+MOST_THREADS = 2**12
+"""Of any machine, for a study may be of another one; those of this one are `profilers.cores.check_threads`."""
+
+
+def check_range(flag: str, value: object, allowed: Range, kind: type[int] | type[float] = int) -> None:
+    """Raises ConfigError, naming the flag, where a value is not of its kind or out of its range."""
+    if not isinstance(value, int | kind) or isinstance(value, bool) or value not in allowed:
+        raise ConfigError(f"{flag} {shown(value)}: use {words(kind)}{allowed.words}")
 
 
 @dataclass(frozen=True)
@@ -91,28 +116,38 @@ class RunConfig:
         "or generated: the model writes its own",
         metavar="SRC",
     )
-    sequence: int = _option(512, "tokens of a sequence, at most as many as the model has positions")
-    calibration_tokens: int = _option(8192, "tokens of calibration; at least 5 times the widest layer's inputs is safe")
-    search_tokens: int = _option(4096, "tokens on which candidates are compared")
-    validation_tokens: int = _option(4096, "tokens on which finalists are chosen, and as many again for the report")
-    evaluations: int = _option(8, "true evaluations that the refinement may spend")
+    sequence: int = _option(512, "tokens of a sequence, at most as many as the model has positions", allowed=SEQUENCES)
+    calibration_tokens: int = _option(
+        8192, "tokens of calibration; at least 5 times the widest layer's inputs is safe", allowed=TOKENS
+    )
+    search_tokens: int = _option(4096, "tokens on which candidates are compared", allowed=TOKENS)
+    validation_tokens: int = _option(
+        4096, "tokens on which finalists are chosen, and as many again for the report", allowed=TOKENS
+    )
+    evaluations: int = _option(8, "true evaluations that the refinement may spend", allowed=Range(0, 10**6))
     budget: str = _option(
         "", "time that true evaluations may take, 10m, 90s or 2h, if it is used up before --evaluations", metavar="TIME"
     )
-    tokens: int = _option(0, "tokens that true evaluations may read, if they are used up before --evaluations; 0: no limit")
-    finalists: int = _option(2, "policies that are recompressed in order, materialised and measured")
-    max_kl: float = _option(0.0, "quality floor in nats per token; 0: none")
+    tokens: int = _option(
+        0,
+        "tokens that true evaluations may read, if they are used up before --evaluations; 0: no limit",
+        allowed=Range(0, 2**50),
+    )
+    finalists: int = _option(2, "policies that are recompressed in order, materialised and measured", allowed=Range(1, 1000))
+    max_kl: float = _option(0.0, "quality floor in nats per token; 0: none", allowed=Range(0, 1000))
     tasks: tuple[str, ...] = _option(
         [], "lm-eval tasks for the answer and the dense model: names or YAML files", metavar="T,T,…"
     )
-    limit: int = _option(0, "examples of each task; 0: all")
+    limit: int = _option(0, "examples of each task; 0: all", allowed=Range(0, 10**9))
     trust_tasks: bool = _option(False, "let YAML files of --tasks run the Python functions that they name")
     devices: str = _option(
         "", "folder of latency tables from other machines; results/devices is always looked into", metavar="DIR"
     )
     allow_modelled: bool = _option(False, "let latencies of a target that nobody measured come from its datasheet, labelled so")
-    threads: int = _option(0, "threads of the measured runtime; 0: half of the machine's cores")
-    seed: int = _option(0, "seed of everything random")
+    threads: int = _option(
+        0, "threads of the measured runtime, at most the machine's; 0: half of its cores", allowed=Range(0, MOST_THREADS)
+    )
+    seed: int = _option(0, "seed of everything random", allowed=Range(0, 2**31 - 1))
     study: str = _option("", "name of the study; default: from model, target, runtime and workload")
     results: str = _option("results", "folder of the studies")
     store: str = _option(
@@ -125,14 +160,10 @@ class RunConfig:
     export: tuple[str, ...] = _option([], "export the answer; for example compressed-tensors", metavar="FORMAT")
 
     def __post_init__(self) -> None:
-        for name in ("sequence", "calibration_tokens", "search_tokens", "validation_tokens", "finalists"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{_flag(name)} {getattr(self, name)}: must be at least 1")
-        if self.sequence < 2:
-            raise ConfigError(f"--sequence {self.sequence}: a loss needs at least 2, a token to read and one to predict")
-        for name in ("evaluations", "tokens", "limit", "threads", "max_kl"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{_flag(name)} {getattr(self, name)}: must not be negative")
+        for item in dataclasses.fields(self):
+            if item.metadata["allowed"] is not None:
+                kind = float if item.name == "max_kl" else int
+                check_range(_flag(item.name), getattr(self, item.name), item.metadata["allowed"], kind)
         if self.runtime not in RUNTIMES:
             raise ConfigError(f"--runtime {self.runtime!r}: use one of {', '.join(RUNTIMES)}")
         if self.budget:
@@ -303,31 +334,30 @@ _RENAMED = {"storage": "store"}
 def read_toml(path: Path) -> dict[str, Any]:
     """The values of a TOML file; raises ConfigError for unknown names and wrong types."""
     try:
-        data = tomllib.loads(path.read_text())
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
-    known = {item.name: item for item in dataclasses.fields(RunConfig)}
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"{path}: not TOML: {reason}") from None
+    known = get_type_hints(RunConfig)
     values: dict[str, Any] = {}
     for name, value in data.items():
         key = _RENAMED.get(name, name.replace("-", "_"))
         if key not in known:
             near = difflib.get_close_matches(key, known, 3) or sorted(known)[:6]
-            raise ConfigError(f"{path}: unknown name {name!r}; names are those of the flags, such as {', '.join(near)}")
-        typed = _typed(path, name, value, str(known[key].type))
+            raise ConfigError(f"{path}: unknown name {shown(name)}; names are those of the flags, such as {', '.join(near)}")
+        typed = _typed(path, name, value, known[key])
         values[key] = (typed,) if key in _REPEATED and isinstance(typed, str) else typed
     return values
 
 
-def _typed(path: Path, name: str, value: Any, annotation: str) -> Any:
-    if "tuple" in annotation and isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return tuple(value)
-    if annotation == "float" and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is {"int": int, "float": float, "bool": bool}.get(annotation, str):
-        return value
-    raise ConfigError(f"{path}: {name} = {value!r} is not {annotation}")
+def _typed(path: Path, name: str, value: Any, kind: Any) -> Any:
+    """A list may stand as one text, as flags do."""
+    try:
+        return read(kind | str if get_origin(kind) is tuple else kind, value, f"{path}: {name}")
+    except WrongValue as error:
+        raise ConfigError(str(error)) from None
 
 
 def to_toml(config: RunConfig) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from methods.errors import InputError
 from search.words import shortened
 
 SHIPPED = "shipped"
@@ -34,7 +35,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "ass
 """Roles as some data sets name them, and as chat templates do."""
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Text that is missing, unreadable or too short; one line says how much there is and how much is needed."""
 
 

@@ -86,7 +86,7 @@ class Steps:
         """The step's value if it was computed from the same inputs; a torn or foreign file counts as absent."""
         try:
             data = json.loads((self.folder / f"{name}.json").read_text())
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError, RecursionError):
             return None
         return data.get("value") if isinstance(data, dict) and data.get("key") == key else None
 
@@ -94,7 +94,7 @@ class Steps:
         """The step's value whatever it was computed from, for answers from a finished study."""
         try:
             data = json.loads((self.folder / f"{name}.json").read_text())
-        except (OSError, json.JSONDecodeError):
+        except (OSError, ValueError, RecursionError):
             return None
         return data.get("value") if isinstance(data, dict) else None
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from torch import nn
 
 from methods.method import Edit
 from methods.policy import Policy
+from methods.typed import Count, Positive, read
 from profilers import end_to_end
 from profilers.kernels.catalogue import kernels
 from profilers.label import Label
@@ -24,7 +26,7 @@ from search.folder import study_key
 from search.in_order import compress_in_order, needs_order, ordered_bank
 from search.limits import name_of, reached_bytes, reached_ms
 from search.objectives import ByteLimit, Objective, Objectives
-from search.prepared import Prepared
+from search.prepared import WAY_OUT, Prepared
 from search.session import Session, all_threads
 
 ROUNDS = 24
@@ -47,8 +49,8 @@ class Met:
     value: float
     lo: float
     hi: float
-    limit: float
-    unit: str
+    limit: Positive
+    unit: Literal["ms", "x", "bytes"]
     met: bool
 
     @property
@@ -71,15 +73,15 @@ class Finalist:
     name: str
     policy: Policy
     simple: bool
-    latency_ms: float
+    latency_ms: Positive
     lo_ms: float
     hi_ms: float
-    ratio: float
+    ratio: Positive
     ratio_lo: float
     ratio_hi: float
     predicted_ms: float
     meets: bool
-    size_bytes: int
+    size_bytes: Count
     contended: bool = False
     slowed: bool = False
     recompressed: bool = False
@@ -96,6 +98,10 @@ class Finalist:
     met: tuple[Met, ...] = ()
     report_top1: float = math.nan
 
+    def __post_init__(self) -> None:
+        if not self.lo_ms <= self.latency_ms <= self.hi_ms:
+            raise ValueError(f"{self.name}: {self.latency_ms} ms is not between its bounds {self.lo_ms} and {self.hi_ms}")
+
     @property
     def over(self) -> float:
         """By how much the worst of the times asked for is exceeded: its upper bound as a share of the limit."""
@@ -106,12 +112,13 @@ class Finalist:
         return {**vars(self), "policy": self.policy.canonical(), "met": [vars(met) for met in self.met]}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Finalist:
-        """Inverse of `to_json`."""
-        met = tuple(Met(**item) for item in data.get("met", ()))
-        policy = Policy.from_canonical(data["policy"])
-        return cls(**{**data, "policy": policy, "kl_each": tuple(data["kl_each"]), "met": met})
+    def from_json(cls, data: object, file: Path | str = "finalist") -> Finalist:
+        """Inverse of `to_json`; raises WrongValue, which names the file and the place in it."""
+        return read(cls, data, file, WAY_OUT, POLICIES)
 
+
+POLICIES = {Policy: Policy.from_canonical}
+"""Policies stand as their canonical text in JSON."""
 
 DENSE_NAME = "dense"
 
@@ -146,7 +153,7 @@ def measure(
     key = content_key(*about, sources, prepared.latency, asked)
     kept = session.steps.get(f"measured-{key}", key)
     if kept is not None:
-        return [Finalist.from_json(item) for item in kept]
+        return list(read(tuple[Finalist, ...], kept, session.steps.folder / f"measured-{key}.json", WAY_OUT, POLICIES))
     found = _measured(session, prepared, table, ranked, as_judged)
     if not any(item.contended for item in found):
         session.steps.put(f"measured-{key}", key, [item.to_json() for item in found])
@@ -315,8 +322,8 @@ class Judge:
                     return asdict(Quality((math.inf,) * n, (math.inf,) * n, evaluator.tokens.numel()))
 
         found = session.steps.made(f"{role}-{key}", key, compute)
-        same = tuple(found.get("same_each", ()))  # studies of earlier versions did not look
-        return Quality(tuple(found["kl_each"]), tuple(found["nll_each"]), found["n_tokens"], same)
+        kl, nll = tuple(found["kl_each"]), tuple(found["nll_each"])
+        return Quality(kl, nll, found["n_tokens"], tuple(found.get("same_each", ())))
 
     def validate(self, finalist: Finalist) -> Finalist:
         """With the KL of the bank's weights on the validation text."""
@@ -344,9 +351,9 @@ class Judge:
     def report(self, finalist: Finalist) -> Finalist:
         """With KL and perplexity on the report text."""
         generated = self._session.corpora["report"].generated
-        if generated and not finalist.policy.sites:
-            return replace(finalist, report_kl=0.0, report_kl_stderr=0.0, report_top1=1.0)
         title, policy = f"report text: {finalist.name}", finalist.policy
+        if generated and not policy.sites:
+            return replace(finalist, report_kl=0.0, report_kl_stderr=0.0, report_top1=1.0)
         quality = self._quality("report", title, policy, finalist.recompressed, lambda: self.edits(finalist))
         return replace(
             finalist,

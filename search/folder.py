@@ -185,7 +185,7 @@ def kept_prepared(steps: Steps, key: str, config: RunConfig) -> Prepared | None:
         if stored is None and (stored := steps.get(f"{_PREPARED}-{wanted}", wanted)) is not None:
             steps.put(_PREPARED, wanted, stored)
         if stored is not None:
-            return Prepared.from_json(stored)
+            return Prepared.from_json(stored, steps.folder / f"{_PREPARED}.json")
     return None
 
 

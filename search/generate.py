@@ -40,6 +40,7 @@ from search.fit import continuation_notes
 from search.in_order import compress_in_order, needs_order, ordered_bank, stored
 from search.progress import Progress
 from search.results import BEST, Answer, measured_policy, saved_config, saved_prepared
+from search.room import check_written
 from search.session import Session
 from search.transform import text_of
 
@@ -73,6 +74,7 @@ def generate(folder: Path, prompt: str, n_tokens: int, threads: int | None, on: 
     if not ids.numel():
         raise ValueError("--prompt: empty; give some text to continue")
     check_ids(ids, loaded.model, loaded.tokenizer, "--prompt")
+    check_written(loaded.structure, ids.numel(), n_tokens, target.dtype.itemsize)
     notes = continuation_notes(loaded, ids.shape[1], n_tokens)
     held = checkpoint.read(folder)
     table = LatencyTable.open(default_cache() / "tables", target)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search.config import ConfigError, add_flags, default_cache, device_folders, from_arguments
+from search.config import add_flags, check_range, default_cache, device_folders, from_arguments
 
 Run = Callable[[argparse.Namespace], int]
 """What a command does, and its exit status."""
@@ -95,6 +95,7 @@ def doctor(arguments: argparse.Namespace) -> Shown:
 def profile(arguments: argparse.Namespace) -> Shown:
     """Measures or merges a table; status 1 where the table fails its own checks or the budget left cells."""
     from profilers.duration import parse_duration
+    from profilers.plan import PLANS
     from search.profile import merge
     from search.profile import profile as measure
     from search.progress import Progress
@@ -102,8 +103,7 @@ def profile(arguments: argparse.Namespace) -> Shown:
     if arguments.merge:
         result = merge(arguments.merge, arguments.out)
     else:
-        if arguments.plan < 0:
-            raise ConfigError(f"--plan {arguments.plan}: must not be negative")
+        check_range("--plan", arguments.plan, PLANS)
         budget_s = parse_duration(arguments.budget) if arguments.budget else math.inf
         named = hasattr(arguments, "model") or not (arguments.shapes or arguments.plan)
         result = measure(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from methods.typed import shown
 from profilers.workload import Workload, parse_workload
 
 TimeKind = Literal["latency", "ttft", "tpot-p95", "throughput"]
@@ -14,6 +15,12 @@ ByteKind = Literal["memory", "size"]
 
 TIMES: tuple[TimeKind, ...] = ("latency", "ttft", "tpot-p95", "throughput")
 BYTES: tuple[ByteKind, ...] = ("memory", "size")
+
+LONGEST_MS = 24 * 3600 * 1e3
+LARGEST_RATIO = 1000.0
+LARGEST_RATE = 1e9
+LARGEST_BYTES = 2**60
+"""Above these an objective is a slip of the pen: it asks for nothing."""
 
 _MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 _BYTES = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -155,32 +162,33 @@ def parse_objective(text: str, kind: TimeKind = "latency") -> Objective:
     match = re.fullmatch(_NUMBER, text)
     write = _EXAMPLES[kind]
     if not match:
-        raise ValueError(f"--{kind} {text!r}: not a {kind}; write {write}")
+        raise ValueError(f"--{kind} {shown(text)}: not a {kind}; write {write}")
     if not match[2]:
-        raise ValueError(f"--{kind} {text!r} has no unit; write {write}")
+        raise ValueError(f"--{kind} {shown(text)} has no unit; write {write}")
     value, unit = float(match[1]), match[2]
-    if value <= 0:
-        raise ValueError(f"--{kind} {text!r}: must be above zero")
     if kind == "throughput":
         if unit != "tok/s":
             raise ValueError(f"--throughput {text!r}: {unit} is not tokens a second; write {write}")
-        return Objective(1e3 / value, relative=False, kind=kind)
+        return Objective(1e3 / _within(value, LARGEST_RATE, unit, kind, text), relative=False, kind=kind)
     if unit == "x" and kind != "tpot-p95":
-        return Objective(value, relative=True, kind=kind)
+        return Objective(_within(value, LARGEST_RATIO, unit, kind, text), relative=True, kind=kind)
     if unit not in _MS:
         raise ValueError(f"--{kind} {text!r}: {unit} is no unit of it; write {write}")
-    return Objective(value * _MS[unit], relative=False, kind=kind)
+    return Objective(_within(value * _MS[unit], LONGEST_MS, "ms", kind, text), relative=False, kind=kind)
+
+
+def _within(value: float, largest: float, unit: str, flag: str, text: str) -> float:
+    if not 0 < value <= largest:
+        raise ValueError(f"--{flag} {shown(text)}: must be above zero and at most {largest:.10g}{unit}")
+    return value
 
 
 def parse_bytes(text: str, flag: str, example: str = "1.5GiB") -> int:
     """`1.5GiB`, `100MB`, `800kB` in bytes; raises ValueError without a unit."""
     match = re.fullmatch(_NUMBER, text)
     if not match or match[2] not in _BYTES:
-        raise ValueError(f"--{flag} {text!r}: write a number with one of {', '.join(_BYTES)}, for example {example}")
-    value = round(float(match[1]) * _BYTES[match[2]])
-    if value <= 0:
-        raise ValueError(f"--{flag} {text!r}: must be above zero")
-    return value
+        raise ValueError(f"--{flag} {shown(text)}: write a number with one of {', '.join(_BYTES)}, for example {example}")
+    return max(1, round(_within(float(match[1]) * _BYTES[match[2]], LARGEST_BYTES, "B", flag, text)))
 
 
 def parse_workloads(texts: Sequence[str]) -> tuple[Workload, ...]:

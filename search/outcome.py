@@ -10,6 +10,7 @@ from search.prepared import Prepared
 from spaces.runtimes import runtime
 
 if TYPE_CHECKING:
+    from predictors.loss import PredictorReport
     from search.explore import Truth
     from search.finalists import Finalist, Met
     from search.report.content import Verdict
@@ -31,14 +32,13 @@ def contended(finalists: Sequence[Finalist]) -> bool:
     return any(item.contended for item in finalists)
 
 
-def predictor_report(records: Sequence[Any], features: Any, seed: int) -> dict[str, Any] | None:
-    """How good the loss predictor is on policies it never saw, as plain values; None of fewer than six policies."""
+def predictor_report(records: Sequence[Any], features: Any, seed: int) -> PredictorReport | None:
+    """How good the loss predictor is on policies it never saw; None of fewer than six policies."""
     from predictors.loss import evaluate_unseen
-    from search.results import plain_report
 
     if len({record.policy.key() for record in records}) < 6:
         return None
-    return plain_report(evaluate_unseen(records, features, seed=seed))
+    return evaluate_unseen(records, features, seed=seed)
 
 
 def notes_of(

@@ -18,11 +18,12 @@ from profilers.checks import problems
 from profilers.roofline import kv_bytes
 from profilers.table import LatencyTable
 from profilers.workload import Workload
+from search.data import Corpus
 from search.differencing import Differenced
 from search.files import Steps, content_key
 from search.limits import check_faster
 from search.maps import kept_maps
-from search.prepared import Prepared, SiteOptions, WorkloadCost
+from search.prepared import Prepared, SiteOptions, TextFacts, WorkloadCost
 from search.pricing import label_of, price, priced_sites
 from search.reach import kernels_alone, reachable
 from search.session import Session, all_threads
@@ -65,7 +66,7 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
     return replace(
         unscored,
         sites=tuple(_scored(site, scores) for site in unscored.sites),
-        data={role: {**corpus.summary(), "generated": corpus.generated} for role, corpus in corpora.items()},
+        data={role: _text_facts(corpus) for role, corpus in corpora.items()},
         seconds={"table": priced_s, "map": mapped_s, "text": text_s, "calibration": calibrated_s, "scores": scored_s},
     )
 
@@ -112,6 +113,18 @@ def cache_bytes(session: Session) -> int:
     """Bytes of the largest workload's key/value cache."""
     width = session.target.dtype.itemsize
     return max(kv_bytes(session.loaded.structure, workload, width) for workload in session.config.workloads)
+
+
+def _text_facts(corpus: Corpus) -> TextFacts:
+    n, length = corpus.tokens.shape
+    return TextFacts(
+        role=corpus.role,
+        source=corpus.source,
+        sha256=corpus.sha256,
+        sequences=n,
+        length=length,
+        generated=corpus.generated,
+    )
 
 
 def _also(sites: Sequence[SiteOptions], fit: Mapping[str, Any], workload: Workload) -> WorkloadCost:

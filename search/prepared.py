@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
 from methods.formats.format import Format, parse_format
 from methods.policy import DENSE, Decision, Policy
+from methods.typed import Count, Finite, NonNegative, Positive, WrongValue, read
 from predictors.assumed import KIND as ASSUMED
 from predictors.assumed import AssumedMap
 from predictors.latency import LatencyModel
@@ -31,14 +33,18 @@ class Option:
 
     label: str
     format: str
-    bits_per_weight: float
-    size_bytes: int
-    ms: float
+    bits_per_weight: NonNegative
+    size_bytes: Count
+    ms: NonNegative
     kernel: str
-    model_ms: float = 0.0
-    loss: float = 0.0
-    loss_stderr: float = 0.0
+    model_ms: NonNegative = 0.0
+    loss: Finite = 0.0
+    loss_stderr: NonNegative = 0.0
     fast: bool = True
+
+    def __post_init__(self) -> None:
+        Decision.parse(self.label)
+        parse_format(self.format)
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,13 @@ class SiteOptions:
 
     name: str
     kind: str
-    block: int
-    n_weights: int
+    block: Count
+    n_weights: Count
     options: tuple[Option, ...]
+
+    def __post_init__(self) -> None:
+        if not self.options or self.options[0].label != DENSE.label:
+            raise ValueError(f"site {self.name}: the first option is not the dense one")
 
     @property
     def fast(self) -> SiteOptions:
@@ -65,9 +75,9 @@ class WorkloadCost:
     """
 
     workload: str
-    model_ms: tuple[tuple[float, ...], ...]
+    model_ms: tuple[tuple[NonNegative, ...], ...]
     latency: Mapping[str, Any]
-    dense_ms: tuple[float, float, float]
+    dense_ms: tuple[Positive, Positive, Positive]
     tail: float
     checked: str = ""
 
@@ -78,8 +88,46 @@ class WorkloadCost:
 
 
 def read_map(data: Mapping[str, Any]) -> LatencyModel | AssumedMap:
-    """A map from its plain values, whichever it is."""
+    """A map from its plain values, whichever it is; raises ValueError where they are those of no map."""
     return AssumedMap.from_dict(data) if data.get("kind") == ASSUMED else LatencyModel.from_dict(data)
+
+
+class ModelFacts(TypedDict):
+    """The model that a study was prepared for, as results name it."""
+
+    label: str
+    digest: str
+    notes: list[str]
+    source: NotRequired[str]
+    architecture: NotRequired[str]
+    n_parameters: NotRequired[int]
+    dtype: NotRequired[str]
+
+
+class TargetFacts(TypedDict):
+    """The machine that a study was prepared for."""
+
+    name: str
+    description: str
+    fingerprint: str
+    threads: int
+    compute_dtype: NotRequired[str]
+    facts: NotRequired[Mapping[str, Any]]
+
+
+class TextFacts(TypedDict):
+    """The text of one role; generated: the model wrote it."""
+
+    source: str
+    sha256: str
+    sequences: int
+    length: int
+    generated: bool
+    role: NotRequired[str]
+
+
+WAY_OUT = "the file is damaged, or of another version of this program: remove it and repeat `search run`"
+"""Of a study's own file that does not hold what this program writes."""
 
 
 @dataclass(frozen=True)
@@ -94,34 +142,39 @@ class Prepared:
 
     sites: tuple[SiteOptions, ...]
     latency: Mapping[str, Any]
-    dense_ms: tuple[float, float, float]
+    dense_ms: tuple[Positive, Positive, Positive]
     dense_name: str
     other_bytes: int
-    model: Mapping[str, Any]
-    target: Mapping[str, Any]
-    data: Mapping[str, Any]
+    model: ModelFacts
+    target: TargetFacts
+    data: Mapping[str, TextFacts]
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     tail: float = math.nan
     also: tuple[WorkloadCost, ...] = ()
-    kv_bytes: int = 0
+    kv_bytes: Count = 0
     workload: str = ""
     label: Label = "measured"
     limits: tuple[Limit, ...] = ()
     checked: str = ""
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Prepared:
-        """Inverse of `to_json`."""
-        sites = tuple(
-            SiteOptions(**{**site, "options": tuple(Option(**option) for option in site["options"])}) for site in data["sites"]
-        )
-        also = tuple(
-            WorkloadCost(**{**cost, "model_ms": tuple(map(tuple, cost["model_ms"])), "dense_ms": tuple(cost["dense_ms"])})
-            for cost in data.get("also", ())
-        )
-        whole = {"sites": sites, "dense_ms": tuple(data["dense_ms"]), "notes": tuple(data["notes"]), "also": also}
-        return cls(**{**data, **whole})
+    def from_json(cls, data: object, file: Path | str = "prepared.json") -> Prepared:
+        """Inverse of `to_json`; raises WrongValue, which names the file and the place in it."""
+        prepared = read(cls, data, file, WAY_OUT)
+        shape = [len(site.options) for site in prepared.sites]
+        if not shape:
+            raise WrongValue(file, "sites", "expected sites, found none", WAY_OUT)
+        costs: list[Prepared | WorkloadCost] = [prepared, *prepared.also]
+        for index, cost in enumerate(costs):
+            place = f"also[{index - 1}]." if index else ""
+            try:
+                _ = cost.map
+            except ValueError as error:
+                raise WrongValue(file, f"{place}latency", str(error), WAY_OUT) from None
+            if isinstance(cost, WorkloadCost) and [len(own) for own in cost.model_ms] != shape:
+                raise WrongValue(file, f"{place}model_ms", "expected a number for each option of each site", WAY_OUT)
+        return prepared
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without the limits: they belong to an objective."""

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from methods import globs, policy_file
 from methods.formats.codecs import CODECS
 from methods.formats.elements import BITS
 from methods.formats.format import GRAMMAR, NAMED, Format
@@ -29,6 +30,8 @@ saved as `config.toml` in the study. Times take `us`, `ms`, `s` or `x` (of the d
 _FORMATS = f"""`{GRAMMAR}`
 
 Stored bits are those of a large weight, scales included. A format without a kernel of this project has a quality and no latency."""
+_POLICIES = """Written by `search run` into a study's `policies`, or by hand, and read by `search materialize`. Files of earlier
+versions hold regular expressions in `match`; those that this program wrote are read as the globs that say the same."""
 _METHODS = """`--methods NAME:KNOB=VALUE:…,…`; those of the whole model with `--transform` or in a policy file. More of one:
 `search methods NAME`."""
 
@@ -47,6 +50,10 @@ def text() -> str:
         *(_command(name, parser, known if name == "run" else set()) for name, parser in _parsers().items()),
         f"## Configuration\n\n{_CONFIGURATION}",
         markdown("key | type | default | meaning", map(_field, dataclasses.fields(RunConfig))),
+        f"## Policy files\n\n{_POLICIES}",
+        f"```text\n{_indented(policy_file.__doc__)}\n```",
+        (policy_file.__doc__ or "").strip().rpartition("\n\n")[2],
+        f"`match` holds a glob over the names of modules:\n\n```text\n{_indented(globs.__doc__)}\n```",
         "## Targets\n\n`cpu` and `cuda` are what is here; a stored table makes any other name a target. Datasheets:",
         markdown("name | device | capability | GB/s | 10^12 operations a second | GiB | source", sheets),
         f"## Number formats\n\n{_FORMATS}",
@@ -65,6 +72,11 @@ def text() -> str:
         markdown("method | class | what it does | parts | formats | needs | knobs | runs | source", map(_method, rows())),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _indented(text: str | None) -> str:
+    """The indented block of a docstring."""
+    return "\n".join(line[4:] for line in (text or "").splitlines() if line.startswith("    "))
 
 
 def _parsers() -> dict[str, argparse.ArgumentParser]:
@@ -103,6 +115,8 @@ def _field(item: dataclasses.Field[Any]) -> tuple[str, ...]:
         if isinstance(value, tuple)
         else {"int": "whole number", "float": "number", "bool": "true or false"}.get(str(item.type), "text")
     )
+    allowed = item.metadata["allowed"]
+    kind += allowed.words if allowed else ""
     return f"`{item.name.replace('_', '-')}`", kind, f"`{default}`" if default else "", item.metadata["help"]
 
 

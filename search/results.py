@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from methods.atomic import write_text
+from methods.errors import InputError
+from methods.typed import Count, Positive, json_of, read
 from predictors.intervals import normal_interval
 from predictors.latency import LatencyModel
 from predictors.loss import PredictorReport
 from profilers.workload import Workload
 from search.config import ConfigError, RunConfig
-from search.finalists import DENSE_NAME, Finalist, Met
+from search.finalists import DENSE_NAME, POLICIES, Finalist, Met
 from search.frontier import Candidate, Fidelity, frontier, write_csv
 from search.limits import reached_ms, under
 from search.objectives import Objective, Objectives, file_name
 from search.outcome import told_of
-from search.prepared import Prepared, WorkloadCost, by_format
+from search.prepared import WAY_OUT, Prepared, WorkloadCost, by_format
 from search.report import content
 from search.report.content import TOP1, DataUse, Entry, Guard, LatencyFit, ReportData, Verdict
 from search.report.honesty import Pair
@@ -31,8 +33,6 @@ from search.report.table import candidate_table
 from search.strategies.problem import Infeasible
 from search.strategies.solve import solve
 from search.words import shortened
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -46,30 +46,32 @@ class Answer:
     """
 
     objective: str
-    limit_ms: float
+    limit_ms: Positive
     verdict: Verdict
     finalists: tuple[Finalist, ...]
-    chosen: int | None
-    simple: int | None
+    chosen: Count | None
+    simple: Count | None
     difference: tuple[float, float] | None
     shadow_price: float
     predicted: Mapping[str, float]
-    predictor: Mapping[str, Any] | None
+    predictor: PredictorReport | None
     cost: Mapping[str, float]
     versions: Mapping[str, str]
     notes: tuple[str, ...] = field(default=())
 
+    def __post_init__(self) -> None:
+        if any(place is not None and place >= len(self.finalists) for place in (0, self.chosen, self.simple)):
+            raise ValueError(f"finalist {self.chosen} or {self.simple} is none of the {len(self.finalists)} that there are")
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        data = {name: value for name, value in vars(self).items() if name != "finalists"}
-        return {**data, "finalists": [item.to_json() for item in self.finalists]}
+        predictor = None if self.predictor is None else asdict(self.predictor)
+        return {**vars(self), "predictor": predictor, "finalists": [item.to_json() for item in self.finalists]}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Answer:
-        """Inverse of `to_json`."""
-        finalists = tuple(Finalist.from_json(item) for item in data["finalists"])
-        difference = tuple(data["difference"]) if data["difference"] else None
-        return cls(**{**data, "finalists": finalists, "difference": difference, "notes": tuple(data["notes"])})
+    def from_json(cls, data: object, file: Path | str = "answer") -> Answer:
+        """Inverse of `to_json`; raises WrongValue, which names the file and the place in it."""
+        return read(cls, data, file, WAY_OUT, POLICIES)
 
     @property
     def best(self) -> Finalist | None:
@@ -80,17 +82,8 @@ class Answer:
 def answers(folder: Path) -> dict[str, Answer]:
     """All answers of a study, by objective, the oldest first."""
     files = sorted((folder / "answers").glob("*.json"), key=lambda path: path.stat().st_mtime)
-    return {answer.objective: answer for answer in (_read(path, Answer.from_json) for path in files)}
-
-
-def _read(path: Path, parse: Callable[[Any], Value]) -> Value:
-    """A study's own file; raises ConfigError, with its name, where it does not hold what this program writes."""
-    try:
-        return parse(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path}: damaged, or of another version of this program ({error}); remove it and repeat `search run`"
-        ) from error
+    found = [Answer.from_json(json_of(path.read_bytes(), path, WAY_OUT), path) for path in files]
+    return {answer.objective: answer for answer in found}
 
 
 def policy_name(finalist: Finalist, answer: Answer) -> str:
@@ -117,7 +110,8 @@ def saved_prepared(folder: Path) -> Prepared:
     path = folder / "steps" / "prepared.json"
     if not path.exists():
         raise ConfigError(f"{folder}: nothing is prepared there yet; repeat `search run` to finish it")
-    prepared = _read(path, lambda data: Prepared.from_json(data["value"]))
+    kept = read(dict[str, Any], json_of(path.read_bytes(), path, WAY_OUT), path, WAY_OUT)
+    prepared = Prepared.from_json(kept.get("value"), path)
     # Studies of earlier versions were prepared for one workload and do not repeat which.
     return prepared if prepared.workload else replace(prepared, workload=saved_config(folder).load.name)
 
@@ -167,7 +161,13 @@ def _by_latency(entry: Entry) -> tuple[float, float]:
 
 def saved_report(folder: Path, objective: str = "") -> ReportData:
     """The report of a finished study, from what it left behind."""
-    return report_data(folder, saved_answer(folder, objective), saved_prepared(folder), saved_config(folder))
+    answer, prepared, config = saved_answer(folder, objective), saved_prepared(folder), saved_config(folder)
+    try:
+        return report_data(folder, answer, prepared, config)
+    except InputError as error:
+        raise ConfigError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from error
+    except (ValueError, LookupError, ArithmeticError) as error:
+        raise ConfigError(f"{folder}: its files do not fit together ({error}); repeat `search run`") from error
 
 
 def measured_entries(folder: Path, answer: Answer, workloads: Sequence[Workload]) -> list[Entry]:
@@ -319,7 +319,7 @@ def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunCon
         dense_format=prepared.sites[0].options[0].format,
         guard=guard(answer),
         latency_fits=_fits(prepared),
-        predictor=None if answer.predictor is None else PredictorReport(**{**answer.predictor, **_tuples(answer.predictor)}),
+        predictor=answer.predictor,
         shadow_price=answer.shadow_price / pace,
         data=tuple(
             DataUse(role, use["source"], use["sequences"] * use["length"], use["sha256"])  # type: ignore[arg-type]
@@ -364,10 +364,6 @@ def _met_words(met: Met) -> str:
     return f"{met.name}: {'met' if met.met else 'not met'} with {met.value:.4g} {met.unit} [{met.lo:.4g}, {met.hi:.4g}]."
 
 
-def _tuples(predictor: Mapping[str, Any]) -> dict[str, Any]:
-    return {"kinds": tuple(predictor["kinds"]), "pairs": tuple(map(tuple, predictor.get("pairs", ())))}
-
-
 def guard(answer: Answer) -> Guard | None:
     """The comparison with the simple policies, in the report's terms."""
     n = sum(1 for item in answer.finalists if item.simple and item.name != DENSE_NAME)
@@ -385,11 +381,6 @@ def _amount(name: str, value: float) -> str:
 def json_rows(entries: Sequence[Entry]) -> list[dict[str, object]]:
     """The measured table as JSON rows."""
     return candidate_table(sorted(entries, key=_by_latency)).json()
-
-
-def plain_report(report: PredictorReport | None) -> dict[str, Any] | None:
-    """A predictor's report as plain values."""
-    return None if report is None else asdict(report)
 
 
 def saved_config(folder: Path) -> RunConfig:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from methods.atomic import remove_abandoned
 from methods.policy import Policy
+from profilers.cores import check_threads
 from search.budget import Budget
 from search.config import ConfigError, RunConfig, device_folders
 from search.deliver import deliver, policy_text
@@ -109,6 +110,8 @@ def settled(config: RunConfig, prepared: Prepared, progress: Progress) -> RunCon
 def _check_target(config: RunConfig) -> None:
     """Raises TargetError, before anything is written, where the target cannot be searched for."""
     if config.target == "cpu":
+        if config.threads:
+            check_threads(config.threads)
         return
     from profilers.resolution import resolve as resolve_target
 

@@ -35,6 +35,7 @@ from search.evaluate import Switch
 from search.files import Steps, content_key, kept_tensors
 from search.fit import sequence_length, sequence_notes, workload_notes
 from search.progress import Progress
+from search.room import check_texts
 from search.transform import transformed
 from spaces.runtimes import default_formats, runtime
 from spaces.space import Space, build
@@ -78,6 +79,7 @@ class Session:
         spec = None if self.config.model == "default" else self.config.model
         with self.progress.busy("loading the model"):
             loaded = load(spec, self.config.cache_folder, log=self.progress.say)
+        check_texts(self.config, loaded.structure)
         n = loaded.structure.n_parameters
         self.progress.say(
             f"{loaded.label}: {loaded.structure.architecture}, {n / 1e6:.0f} M parameters, {loaded.structure.dtype}"

@@ -8,19 +8,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from methods.atomic import staging_folder
+from methods.errors import InputError
 from methods.policy import Policy
+from methods.typed import Count, Finite, WrongValue, read
 
 if TYPE_CHECKING:
     import optuna
 
+Value = TypeVar("Value")
+
 _VERSION = 1
 _TIMEOUT_S = 120
 _CONNECT_S = 10
+_ANOTHER = "it is not readable; use another study"
 _LOCK_KEY = 0x150_1A7E
 """Of the advisory lock in a PostgreSQL server."""
 
@@ -40,8 +45,8 @@ class TrialRecord:
     policy: Policy
     kl: float
     kl_stderr: float
-    n_tokens: int
-    latency_ms: float
+    n_tokens: Count
+    latency_ms: Finite
     role: str
     latency_label: str = "modelled"
     name: str = ""
@@ -62,7 +67,7 @@ class TrialRecord:
         return self.policy.key(), self.n_tokens, self.role
 
 
-class ForeignStudy(ValueError):
+class ForeignStudy(InputError):
     """The study at hand is about something else; names the keys that differ."""
 
 
@@ -123,8 +128,8 @@ class Store:
 
     def failures(self) -> list[Failure]:
         """All evaluations that failed, in the order they were written."""
-        found = [trial.user_attrs for trial in self._trials() if trial.state.name == "FAIL"]
-        return [Failure(Policy.from_canonical(a["policy"]), a["name"], a["role"], a["reason"]) for a in found]
+        failed = [trial for trial in self._trials() if trial.state.name == "FAIL"]
+        return [_read(Failure, trial, trial.user_attrs) for trial in failed]
 
     def lookup(self, policy_key: str, n_tokens: int, role: str) -> TrialRecord | None:
         """The evaluation of a policy on that many tokens of that role, or None; sees what other processes wrote."""
@@ -156,8 +161,8 @@ class Store:
     def _check(self, name: str, where: str, context: dict[str, Any]) -> None:
         wanted = json.loads(json.dumps({**context, "version": _VERSION}))
         stored = self._study.user_attrs.get("context")
-        if stored is None:
-            if self._trials():
+        if stored is None or not isinstance(stored, dict):
+            if self._trials() or stored is not None:
                 raise ForeignStudy(f"study {name!r} in {where} was not made by this program; choose another name or folder")
             self._study.set_user_attr("context", wanted)
             return
@@ -231,15 +236,18 @@ def _explained(
 
     try:
         yield
+    except InputError:
+        raise
     except ModuleNotFoundError as error:
         raise ValueError(
             f"--store {url.partition(':')[0]}: its driver {error.name} is not installed; for PostgreSQL write postgresql+psycopg://… "
             "and install psycopg[binary]"
         ) from error
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+    # Of a row that no Optuna wrote, Optuna raises whatever its parsing stumbles over.
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, ValueError, LookupError, TypeError) as error:
         shown = url if "@" not in url else make_url(url).render_as_string(hide_password=True)
         cause = error if hasattr(error, "orig") else error.__cause__ or error
-        reason = str(getattr(cause, "orig", cause)).strip().splitlines()[0]
+        reason = (str(getattr(cause, "orig", cause)).strip().splitlines() or [type(cause).__name__])[0]
         raise ValueError(f"{shown} {what} ({reason}); {way_out}") from error
 
 
@@ -278,13 +286,19 @@ def _attributes(trial: TrialRecord) -> dict[str, Any]:
 
 
 def _parse(trial: optuna.trial.FrozenTrial) -> TrialRecord:
-    attributes = dict(trial.user_attrs)
-    try:
-        policy = Policy.from_canonical(attributes.pop("policy"))
-        if attributes.pop("policy_key") != policy.key():
-            raise ValueError("its policy does not have its key")
-        attributes["per_sequence"] = tuple(attributes["per_sequence"])
-        kl, latency_ms = trial.values
-        return TrialRecord(policy=policy, kl=kl, latency_ms=latency_ms, **attributes)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"trial {trial.number} of the study is not readable ({error}); use another study") from error
+    values = trial.values or []
+    attributes = dict(zip(("kl", "latency_ms"), values, strict=False)) | dict(trial.user_attrs)
+    key = attributes.pop("policy_key", None)
+    record = _read(TrialRecord, trial, attributes)
+    if key != record.policy.key():
+        raise WrongValue(_title(trial), "policy_key", "its policy does not have its key", _ANOTHER)
+    return record
+
+
+def _read(kind: type[Value], trial: optuna.trial.FrozenTrial, attributes: Mapping[str, Any]) -> Value:
+    """What a trial's attributes are of; raises WrongValue where they are not."""
+    return read(kind, attributes, _title(trial), _ANOTHER, {Policy: Policy.from_canonical})
+
+
+def _title(trial: optuna.trial.FrozenTrial) -> str:
+    return f"trial {trial.number} of the study"

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from torch import nn
 
+from methods.errors import InputError
 from methods.model.tokenizer import checked_ids
 from search.words import shortened
 
@@ -24,7 +25,7 @@ FUNCTION = "!function"
 _SUFFIXES = (".yaml", ".yml")
 
 
-class TaskError(ValueError):
+class TaskError(InputError):
     """A task that lm-eval does not know, cannot load or cannot score, or that would run code that nobody trusted."""
 
 

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from methods.errors import InputError
+
 ROTARY_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """Divisors of the rotary frequencies, which are no weights of any layer."""
 
 
-class UnreadableGGUF(ValueError):
+class UnreadableGGUF(InputError):
     """A GGUF file that cannot be loaded; says why."""
 
 

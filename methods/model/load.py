@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 
+from methods.errors import InputError
 from methods.model.attention import check_alike
+from methods.model.config_file import Settings, read_settings
 from methods.model.describe import describe
 from methods.model.experts import UnsupportedModel, unfuse_experts
 from methods.model.gguf import ORIGIN, convert, gguf_configuration
@@ -23,8 +24,9 @@ from methods.model.quiet import quiet
 from methods.model.settings import settle_
 from methods.model.structure import Structure
 from methods.model.tokenizer import TOKENIZER_FILES, beyond_embedding, read_tokenizer
-from methods.model.weight_files import LoadError, headers, stored_dtype, weight_files
+from methods.model.weight_files import LoadError, headers, listed, stored_dtype, weight_files
 from methods.model.weights import digest_of, not_finite
+from methods.typed import read_json
 
 __all__ = [
     "DEFAULT_PACKAGE",
@@ -45,6 +47,14 @@ MARKER = "isolatency.json"
 
 ADAPTER = "adapter_config.json"
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja")
+
+
+class Origin(TypedDict):
+    """What a converted GGUF came from; digest: of the weights that were converted."""
+
+    label: str
+    notes: list[str]
+    digest: NotRequired[str]
 
 
 class CompressedCheckpoint(LoadError):
@@ -146,7 +156,7 @@ def in_package(name: str) -> Path:
 
 def _from_gguf(path: Path, source: str, cache: Path, log: Callable[[str], None]) -> LoadedModel:
     folder = convert(path, cache, log)
-    origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    origin = read_json(Origin, folder / ORIGIN, "remove the folder, and it is made again")
     loaded = _from_folder(folder, source, origin["label"], tuple(origin["notes"]))
     if origin.get("digest", loaded.digest) != loaded.digest:  # conversions of earlier versions name none
         raise LoadError(f"{folder}: its weights are not those that were converted; remove the folder, and it is made again")
@@ -193,8 +203,8 @@ def missing_files(folder: Path) -> str:
     """What a snapshot lacks to be a model, "" where it lacks nothing: other tools fetch other files, and some list more than they fetch."""
     index = folder / "model.safetensors.index.json"
     try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
-    except (ValueError, KeyError, TypeError, AttributeError):
+        shards = set(listed(index)) if index.is_file() else set()
+    except InputError:
         return index.name
     found = {path.name for path in folder.iterdir() if path.is_file()}
     if lacking := sorted(map(str, shards - found)):
@@ -231,7 +241,7 @@ def _from_folder(folder: Path, source: str, label: str, notes: tuple[str, ...]) 
     return LoadedModel(model, tokenizer, describe(model, dtype), source, label, digest_of(model, dtype), notes, rest)
 
 
-def _checked_config(folder: Path) -> dict[str, Any]:
+def _checked_config(folder: Path) -> Settings:
     """The folder's config.json; raises where it is not of a plain checkpoint with a causal language model that transformers knows."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -240,12 +250,7 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise LoadError(f"{folder}: no config.json; a model folder holds config.json, *.safetensors and a tokenizer's files")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LoadError(f"{path}: not valid JSON ({error}); restore the file") from error
-    if not isinstance(config, dict):
-        raise LoadError(f"{path}: not a JSON object; restore the file")
+    config = read_settings(path)
     if "auto_map" in config:
         raise LoadError(
             f"{folder}: the model brings its own code (auto_map), which is not run; use one that transformers contains"
@@ -275,7 +280,8 @@ def _read(folder: Path, held: Collection[str], whole: str | None) -> tuple[Any, 
     auto: Any = transformers.AutoModelForCausalLM if whole is None else getattr(transformers, whole)
     with _understood(folder):
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    check_alike(config.get_text_config(decoder=True), str(folder))
+        text = config.get_text_config(decoder=True)
+    check_alike(text, str(folder))
     with _understood(folder), nothing_hidden(config):
         model, info = auto.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
@@ -295,7 +301,7 @@ def _understood(folder: Path) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+    except Exception as error:  # of a wrong file, transformers and tokenizers raise whatever they stumble over
         raise LoadError(
             f"{folder}: transformers cannot load it ({_line(error)}); check config.json and the tokenizer files"
         ) from error

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
+
+from methods.errors import InputError
+from methods.typed import read_json
 
 WEIGHT_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
-class LoadError(ValueError):
+class LoadError(InputError):
     """A model that cannot be loaded: what it is, why, and the way out, in one line."""
 
 
@@ -40,7 +42,7 @@ def weight_files(folder: Path, settings: Mapping[str, Any]) -> list[Path]:
         raise LoadError(_none(folder, candidates[0]))
     if not found.name.endswith(".index.json"):
         return [found]
-    files = [folder / name for name in _listed(found)]
+    files = [folder / name for name in listed(found)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise LoadError(f"{found} lists {missing[0]}, which is missing ({len(missing)} of {len(files)} files); fetch it again")
@@ -58,14 +60,16 @@ def _none(folder: Path, wanted: str) -> str:
     return f"{folder}: {found}; safetensors or GGUF only (convert with model.save_pretrained, which writes safetensors)"
 
 
-def _listed(index: Path) -> list[str]:
-    """The files of an index, each once, in the order of their names."""
-    try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(table.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoadError(f"{index}: no index of safetensors files ({_line(error)}); fetch it again") from error
-    if not names or not all(isinstance(name, str) for name in names):
+class Index(TypedDict):
+    """Which file holds each tensor."""
+
+    weight_map: Mapping[str, str]
+
+
+def listed(index: Path) -> list[str]:
+    """The files of an index, each once, in the order of their names; raises InputError where it names none."""
+    names = sorted(set(read_json(Index, index, "fetch it again")["weight_map"].values()))
+    if not names:
         raise LoadError(f"{index}: weight_map names no files; fetch it again")
     return names
 

@@ -134,7 +134,7 @@ def _checksum(path: Path) -> Path:
 
 def _whole(path: Path) -> bool:
     """Whether the library is there as it was built: loading a damaged one would end the process. Earlier versions left no checksum."""
-    return path.exists() and (not _checksum(path).exists() or _checksum(path).read_text() == sha256(path))
+    return path.exists() and (not _checksum(path).exists() or _checksum(path).read_text(errors="replace") == sha256(path))
 
 
 def _call(*command: str) -> None:

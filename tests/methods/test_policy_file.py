@@ -80,7 +80,7 @@ def test_rules_are_few_and_the_last_one_wins() -> None:
     policy = {s.name: (other if s.block in (0, 29) and s.kind == "down" else usual,) for s in model.sites}
     rules = compress(table_of(Policy(policy), model), model)
     assert [rule.decisions for rule in rules] == [(usual,), (other,)]
-    assert rules[1].match == r"model\.layers\.(0|29)\.mlp\.down_proj"
+    assert rules[1].match == "model.layers.{0,29}.mlp.down_proj"
     assert expand(rules, (DENSE,), model)["model.layers.29.mlp.down_proj"] == (other,)
     assert expand(rules[::-1], (DENSE,), model)["model.layers.29.mlp.down_proj"] == (usual,)
 
@@ -90,9 +90,7 @@ def test_experts_that_are_sites_of_their_own_keep_their_numbers() -> None:
     sites = tuple(_site(b, [f"experts.{e}.down_proj"], "mlp", "down") for b in range(3) for e in range(12))
     model = dataclasses.replace(structure(3), blocks=blocks, sites=sites)
     policy = Policy({site.name: (DECISIONS[0],) for site in sites if ".1.down_proj" in site.name})
-    assert [rule.match for rule in compress(table_of(policy, model), model)] == [
-        r"model\.layers\.\d+\.mlp\.experts\.1\.down_proj"
-    ]
+    assert [rule.match for rule in compress(table_of(policy, model), model)] == ["model.layers.*.mlp.experts.1.down_proj"]
 
 
 def test_a_file_written_by_hand() -> None:
@@ -175,7 +173,7 @@ BAD = {
     HEAD + "rules: [{match: '.*', method: int, bits: 4, algo: none}]\n": "name the method that rounds",
     HEAD + "rules: [{match: '.*', method: int, bits: 4, algo: []}]\n": "empty list",
     HEAD + "rules: [{match: '.*down_proj', method: int, bits: 4, algo: awq}]\n": "follows no norm",
-    HEAD + "rules: [{match: '(', method: none}]\n": "is not a regular expression",
+    HEAD + "rules: [{match: '(', method: none}]\n": "a group is not closed",
     HEAD + "rules: [{match: 'layers.0', method: none}]\n": "matches no linear",
     HEAD + "rules: [{match: '.*layers.0.mlp', method: none}]\n": "matches no linear",
     HEAD + "rules: [{match: '.*(q|o)_proj', method: int, bits: 4}]\n": "runtimes fuse",
@@ -185,8 +183,8 @@ BAD = {
     HEAD + "target: [1]\n": "not a mapping",
     HEAD + "target: {x: .nan}\n": "document.target.x: nan",
     HEAD + "target: {x: 1e999}\n": "inf is not a number",
-    HEAD + "target: {x: !!binary aGk=}\n": "is a bytes",
-    HEAD + "target: !!python/object:os.system {}\n": "could not determine a constructor",
+    HEAD + "target: {x: !!binary aGk=}\n": "the tag .*binary is not used here",
+    HEAD + "target: !!python/object:os.system {}\n": "the tag .*os.system is not used here",
     HEAD + "target: &a {x: *a}\n": "aliases are not used",
     HEAD + "target: {\n": "not YAML in line",
     HEAD + "measured: [{metric: ppl, value: 3}]\n": "needs metric, value and source",

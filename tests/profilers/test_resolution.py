@@ -19,7 +19,7 @@ from tests.profilers.machines import GPU, HERE, THERE, cell, table_of
 
 def test_the_cpu_is_here() -> None:
     assert resolve("cpu", (), threads=1) == HERE
-    with pytest.raises(TargetError, match="threads=0"):
+    with pytest.raises(TargetError, match="--threads 0: "):
         local_cpu(0)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from methods.errors import InputError
 from profilers import sweep
 from profilers.kernels.catalogue import KERNELS
 from profilers.kernels.dense import Dense, DenseLinear
@@ -90,7 +91,7 @@ def test_a_broken_line_in_the_middle_is_refused(tmp_path: Path, line: str) -> No
     assert table.path is not None
     lines = table.path.read_text().splitlines()
     table.path.write_text("\n".join([lines[0], line, lines[1]]) + "\n")
-    with pytest.raises(TableError, match="line 2"):
+    with pytest.raises(InputError, match="line 2"):
         LatencyTable.open(tmp_path, TARGET)
 
 

@@ -57,7 +57,7 @@ def test_damage_is_found(cache: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (cache / "pace/machine.json").write_text("{}")
     problems = {item.kind: item.problem for item in items(cache, verify=True)}
     assert "never finished" in problems["models"] and "damaged" in problems["generated"]
-    assert "no shared library" in problems["kernels"] and "line 2 is not JSON" in problems["tables"]
+    assert "no shared library" in problems["kernels"] and "line 2: not JSON" in problems["tables"]
     assert "does not say how fast" in problems["pace"]
     assert main(["cache", "--cache", str(cache), "--verify"]) == 1
     assert "never finished" in capsys.readouterr().out

@@ -57,9 +57,9 @@ def test_flags_win_over_the_file(tmp_path) -> None:
     ("content", "message"),
     [
         ("latencie = '1ms'", "unknown name 'latencie'"),
-        ("threads = 'two'", "is not int"),
+        ("threads = 'two'", "threads: expected a whole number, found 'two'"),
         ("= 3", "not TOML"),
-        ("seed = true", "is not int"),
+        ("seed = true", "seed: expected a whole number, found true"),
     ],
 )
 def test_bad_files_are_explained(tmp_path, content: str, message: str) -> None:

@@ -68,7 +68,7 @@ def on_another_device(study: Path) -> None:
 
 def test_a_map_outlives_text_and_methods_and_nothing_else(box: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> Any:
-        raise ValueError("measured again")
+        raise ConfigError("measured again")
 
     monkeypatch.setattr(search.maps, "whole_model", never)
     text = tmp_path / "text.txt"

@@ -165,7 +165,8 @@ def prepared(tail: float = 1.5) -> Prepared:
 
     outside, prefill = AssumedMap(2, 1, 3, 0.9, 1.2).to_dict(), AssumedMap(10, 9, 11, 0.9, 1.2).to_dict()
     also = WorkloadCost(PREFILL.name, ((20.0, 25.0), (20.0, 25.0)), prefill, (50.0, 45.0, 60.0), math.nan)
-    facts = {"model": {}, "target": {"name": "box"}, "data": {}}
+    target = {"name": "box", "description": "a box", "fingerprint": "0", "threads": 1}
+    facts = {"model": {"label": "m", "digest": "0", "notes": []}, "target": target, "data": {}}
     return Prepared(
         sites=(site("a"), site("b")),
         latency=outside,

@@ -10,7 +10,7 @@ import pytest
 from methods.policy import DENSE, Decision
 from profilers.doctor import Finding
 from search.cli import main
-from search.config import RunConfig
+from search.config import ConfigError, RunConfig
 from search.prepared import Option, SiteOptions
 from search.reach import kernels_alone
 from tests.search.run_server import fixed_prices, one_core
@@ -77,7 +77,7 @@ def test_what_is_in_reach_is_a_line_before_the_calibration(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stopped(*_: object) -> None:
-        raise ValueError("stopped here")
+        raise ConfigError("stopped here")
 
     monkeypatch.setattr("search.prepare.calibrate", stopped)
     assert run(model, tmp_path, "--latency", "1x") == 2

@@ -13,7 +13,7 @@ from predictors.latency import LatencyModel, Run, fit_latency
 from predictors.loss import PredictorReport
 from search.config import RunConfig, to_toml
 from search.frontier import Candidate
-from search.prepared import Option, Prepared, SiteOptions
+from search.prepared import ModelFacts, Option, Prepared, SiteOptions, TargetFacts
 from search.report.honesty import Pair, draw_pairs, latency_panel, loss_panel
 from search.report.limits import Limit, limits, shares, slopes
 from search.report.page import page, write_page
@@ -42,7 +42,9 @@ def prepared() -> Prepared:
     )
     runs = [Run(str(i), ms, 5 + 1.5 * ms, 5 + 1.5 * ms, 5 + 1.5 * ms) for i, ms in enumerate((9.0, 12.0, 18.0, 27.0, 36.0))]
     model: LatencyModel = fit_latency(runs)
-    return Prepared(sites, model.to_dict(), (59.0, 58.0, 60.0), "dense bf16", 10, {}, {}, {})
+    target: TargetFacts = {"name": "cpu", "description": "a box", "fingerprint": "0", "threads": 1}
+    facts: ModelFacts = {"label": "m", "digest": "0", "notes": []}
+    return Prepared(sites, model.to_dict(), (59.0, 58.0, 60.0), "dense bf16", 10, facts, target, {})
 
 
 def policy(**labels: str) -> Policy:

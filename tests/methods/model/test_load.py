@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from methods.errors import InputError
 from methods.model.load import CompressedCheckpoint, LoadError, load
 from methods.model.trace import logits_of
 from methods.model.weights import digest_of
@@ -107,8 +108,8 @@ REFUSALS = {
     "unknown": (lambda f: _config(f, model_type="unheard-of"), "unheard-of"),
     "classifier": (lambda f: _config(f, architectures=["LlamaForSequenceClassification"]), "no causal language model"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
-    "bad config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-    "list config": (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
+    "bad config": (lambda f: (f / "config.json").write_text("{"), "not JSON"),
+    "list config": (lambda f: (f / "config.json").write_text("[]"), "expected an object, found a list of 0"),
     "infinite": (_poison, r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"),
     "missing": (
         lambda f: _remove(f, "model.layers.2.mlp.down_proj.weight"),
@@ -125,7 +126,7 @@ def test_refusals(case, tmp_path):
     change, message = REFUSALS[case]
     folder = save_tiny(tmp_path / "m")
     change(folder)
-    with pytest.raises(LoadError, match=message) as refusal:
+    with pytest.raises(InputError, match=message) as refusal:
         load(str(folder), tmp_path / "cache")
     assert "\n" not in str(refusal.value)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from methods.model.load import LoadError, load
+from methods.errors import InputError
+from methods.model.load import load
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 
@@ -73,9 +74,9 @@ def _adapter(folder: Path) -> None:
 REFUSALS = {
     "no index": (_without, r"holds model-00001-of-\d+\.safetensors, but no model\.safetensors and no index that lists it"),
     "a missing file": (_missing, r"index\.json lists model-00001-of-.*, which is missing \(1 of \d+ files\); fetch it again"),
-    "an index that is none": (_index("{"), "no index of safetensors files"),
-    "an index without a map": (_index("{}"), "no index of safetensors files"),
-    "an index of numbers": (_index('{"weight_map": {"a": 1}}'), "weight_map names no files"),
+    "an index that is none": (_index("{"), "not JSON"),
+    "an index without a map": (_index("{}"), "weight_map: expected an object, found nothing"),
+    "an index of numbers": (_index('{"weight_map": {"a": 1}}'), "weight_map.a: expected text, found 1"),
     "an adapter": (_adapter, r"an adapter lies beside the weights \(adapter_config\.json\); merge it"),
 }
 
@@ -85,6 +86,6 @@ def test_refusals(case: str, tmp_path: Path) -> None:
     change, message = REFUSALS[case]
     folder = sharded(tmp_path / "m")
     change(folder)
-    with pytest.raises(LoadError, match=message) as refusal:
+    with pytest.raises(InputError, match=message) as refusal:
         load(str(folder), tmp_path / "cache")
     assert "\n" not in str(refusal.value)
