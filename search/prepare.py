@@ -164,7 +164,7 @@ def calibrate(session: Session, decisions: Decisions) -> None:
                 view = site_view(session.model, structure, site)
                 edits = catalogue.apply_many(view, stats, missing[site.name])
                 for decision, edit in zip(missing[site.name], edits, strict=True):
-                    session.bank.put(site.name, decision, edit)
+                    session.bank.put(site.name, decision, session.held(edit))
             update(block + 1, len(structure.blocks))
 
         sweep(session.model, structure, batches, needs, visit, skip=lambda block: block not in todo, dense=True)
