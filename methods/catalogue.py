@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 REVISION = 2
 """Counts what a decision's name has meant: edits of another revision are not those that `apply` gives today.
 
-2: the first token of a sequence counts more where keys and values are computed (knob `first`).
+2: what first tokens share counts more where keys and values are computed (knob `first`).
 """
 
 METHODS: Mapping[str, Recipe] = {

@@ -1,4 +1,4 @@
-"""The first token of a sequence counts more where keys and values are computed, for every later token reads them."""
+"""What the first tokens of all sequences share counts more where keys and values are computed, for every later token reads them."""
 
 from __future__ import annotations
 
@@ -14,37 +14,44 @@ READ_BY_ALL = frozenset({"k", "v", "qkv"})
 
 
 def hessian(task: Task) -> Tensor:
-    """The second moment (d_in, d_in) of the inputs, first tokens counted as `first_weight` says."""
-    return _counted(task, task.statistic(Need.HESSIAN), task.statistic(Need.FIRST), task.statistic(Need.FIRST))
+    """The second moment (d_in, d_in) of the inputs, with what first tokens share counted as `times` says."""
+    rows = task.statistic(Need.FIRST)
+    return _counted(task, task.statistic(Need.HESSIAN), rows, rows)
 
 
 def drift(task: Task) -> Tensor:
-    """`(X_dense - X)^T X / n` (d_in, d_in), first tokens counted as `first_weight` says."""
+    """`(X_dense - X)^T X / n` (d_in, d_in), with what first tokens share counted as `times` says."""
     return _counted(task, task.statistic(Need.DRIFT), task.statistic(Need.FIRST_DRIFT), task.statistic(Need.FIRST))
 
 
-def first_weight(task: Task) -> float:
-    """How often a first token counts at the site of a task; knob `first`: a number, or auto, the number of tokens of a sequence.
+def times(task: Task) -> float:
+    """How often the first token of a sequence counts at the site of a task; knob `first`: a number, or auto, the tokens of a sequence.
 
-    In a language model most heads spend most of their attention on the first token (Xiao 2023, attention sinks): its key and value enter
-    the output of every token, so that an error of theirs is made as often as the sequence has tokens. An ordinary token is read by few.
-    Measured by gradients of the KL divergence, an error of a first token's keys and values weighs 100 to 4,000 times one of another
-    token's in most blocks of a model of 135M parameters; errors of its other outputs weigh no more than those of other tokens, which is
-    why other sites count it once. As the first tokens of all sequences are nearly alike there, they cost the others little.
+    Where a language model has nothing to look for, its heads attend to the first token (Xiao 2023, attention sinks), whose key and value
+    so enter the output of every token of the sequence: an error there is made as often as the sequence has tokens. Measured by gradients
+    of the KL divergence in a model of 135M parameters, an error of a first token's keys and values weighs 100 to 4,000 times one of
+    another token's in most blocks, and one of its other linears' outputs 0.005 to 6 times: those sites count it once.
+    It is the mean input of the first tokens that counts so often. A sink is nearly the same whatever the token is; in models without one
+    first tokens share little, and their mean is small. One direction costs the other tokens next to nothing.
     """
     if not reads_first(task.view.site):
         return 1.0
     if task.knobs.get("first", 1.0) != "auto":
         return float(task.knobs.get("first", 1.0))
-    return task.stats.n_tokens / max(len(task.statistic(Need.FIRST)), 1)
+    return _length(task)
 
 
 def reads_first(site: Site) -> bool:
-    """Whether a site computes keys or values of one sequence's tokens."""
+    """Whether a site computes keys or values."""
     return any(layer.kind in READ_BY_ALL for layer in site.layers)
 
 
+def _length(task: Task) -> float:
+    """Tokens of a sequence."""
+    return task.stats.n_tokens / max(len(task.statistic(Need.FIRST)), 1)
+
+
 def _counted(task: Task, moment: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`moment + (weight - 1) * left^T right / n`; the same tensor where the weight is 1 or no first token is known."""
-    extra = (first_weight(task) - 1) / max(task.stats.n_tokens, 1)
-    return torch.addmm(moment, left.T, right, alpha=extra) if extra and len(right) else moment
+    """`moment + (times - 1) / length * mean(left) mean(right)^T`; the same tensor where nothing is added."""
+    extra = (times(task) - 1) / max(_length(task), 1.0)
+    return torch.addr(moment, left.mean(0), right.mean(0), alpha=extra) if extra and len(right) else moment

@@ -1,4 +1,4 @@
-"""The first token counts as often as it is read, where keys and values are computed, and nowhere else."""
+"""What first tokens share counts as often as it is read, where keys and values are computed, and nowhere else."""
 
 from __future__ import annotations
 
@@ -66,14 +66,18 @@ def compressed(method: str, kind: str = "k", stats: Stats | None = None, **knobs
 @pytest.mark.parametrize(("first_", "times"), [("auto", LENGTH), (7.5, 7.5), (1, 1)])
 @pytest.mark.parametrize("kind", ["k", "v", "qkv"])
 def test_the_moments_count_first_tokens_so_often(kind: str, first_: float | str, times: float) -> None:
+    """Every sequence gets `times - 1` more tokens, all of them the mean first token."""
+    lost = DENSE.double() - X.double()
+    more, lost_more = X[:, 0].double().mean(0), lost[:, 0].mean(0)
     hessian, drift = torch.zeros(D_IN, D_IN).double(), torch.zeros(D_IN, D_IN).double()
-    for x, dense in zip(X.double(), DENSE.double(), strict=True):
+    for x, missing in zip(X.double(), lost, strict=True):
         for t in range(LENGTH):
-            weight = times if t == 0 else 1.0
-            hessian += weight * torch.outer(x[t], x[t])
-            drift += weight * torch.outer(dense[t] - x[t], x[t])
+            hessian += torch.outer(x[t], x[t])
+            drift += torch.outer(missing[t], x[t])
+        hessian += (times - 1) * torch.outer(more, more)
+        drift += (times - 1) * torch.outer(lost_more, more)
     own = task(kind, first=first_)
-    assert first.first_weight(own) == times
+    assert first.times(own) == times
     torch.testing.assert_close(first.hessian(own).double(), hessian / (N * LENGTH), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(first.drift(own).double(), drift / (N * LENGTH), rtol=1e-4, atol=1e-4)
 
@@ -81,7 +85,7 @@ def test_the_moments_count_first_tokens_so_often(kind: str, first_: float | str,
 @pytest.mark.parametrize("kind", ["q", "o", "up", "gate_up", "down", "other"])
 def test_outputs_that_no_other_token_reads_count_all_tokens_alike(kind: str) -> None:
     own = task(kind, first="auto")
-    assert first.first_weight(own) == 1
+    assert first.times(own) == 1
     assert first.hessian(own) is own.stats.hessian and first.drift(own) is own.stats.drift
 
 
@@ -89,6 +93,14 @@ def test_a_site_of_several_layers_counts_where_one_of_them_is_read() -> None:
     layers = tuple(LayerSpec(kind, kind, 0, D_IN, D_OUT) for kind in ("q", "k", "v"))
     assert first.reads_first(Site("q+k+v", "qkv", 0, layers))
     assert not first.reads_first(Site("q", "q", 0, layers[:1]))
+
+
+def test_first_tokens_that_share_nothing_count_like_any_other() -> None:
+    """A sink gains its whole energy once more; tokens that are pairwise opposite gain none."""
+    opposite = torch.cat([X[: N // 2, 0], -X[: N // 2, 0]])
+    own = task("k", statistics(first=opposite), first="auto")
+    assert own.stats.hessian is not None
+    torch.testing.assert_close(first.hessian(own), own.stats.hessian)
 
 
 def test_without_a_first_token_nothing_is_counted() -> None:
