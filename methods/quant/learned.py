@@ -13,8 +13,8 @@ from methods.formats.format import Format
 from methods.formats.numerics import Compressed
 from methods.learn import Parameters, Training, learn, linear, through
 from methods.method import BlockSample, Edit, SiteView, Stats
+from methods.quant import first
 from methods.quant.feedback import auto_damping
-from methods.quant.first import hessian
 from methods.quant.fold import fold
 from methods.quant.grid import Grid, grouped, payload, range_grid
 from methods.quant.task import Knobs, Task
@@ -182,8 +182,8 @@ def learn_layers(site: LearnedSite, learner: Learner, knobs: Knobs) -> Edit:
     """
     linears: dict[str, Compressed] = {}
     for name, task in site.tasks.items():
-        moment = hessian(task)
-        floor = auto_damping(task.stats.n_tokens, len(moment)) * moment.diagonal().mean()
+        moment = first.hessian(task)
+        floor = auto_damping(task.stats.n_tokens, len(moment)) * first.others(task) * moment.diagonal().mean()
         damped = moment + floor * torch.eye(len(moment))
 
         def loss(weights: Mapping[str, Tensor], _tensors: object, _item: int, task: Task = task, h: Tensor = damped) -> Tensor:

@@ -19,10 +19,10 @@ from methods.quant.task import Rounded, Task
 
 
 def damping(task: Task) -> float:
-    """The damping that a task's knob asks for."""
-    if task.knobs["damping"] == "auto":
-        return auto_damping(task.stats.n_tokens, task.weight.shape[1])
-    return task.number("damping")
+    """The damping that a task's knob asks for, as a part of the mean diagonal of `first.hessian`."""
+    chosen = task.knobs["damping"]
+    part = auto_damping(task.stats.n_tokens, task.weight.shape[1]) if chosen == "auto" else float(chosen)
+    return part * first.others(task)
 
 
 def by_nearest(task: Task, grid: Grid) -> Rounded:

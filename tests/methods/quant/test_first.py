@@ -13,6 +13,7 @@ from methods.policy import Decision, Knob
 from methods.quant import first
 from methods.quant.feedback import column_rounder, feedback
 from methods.quant.minmax import minmax
+from methods.quant.rounders import damping
 from methods.quant.task import Task, scaled
 
 D_IN, D_OUT, N, LENGTH = 144, 11, 6, 50
@@ -116,6 +117,33 @@ def test_the_first_token_scales_with_the_inputs() -> None:
     torch.testing.assert_close(first.hessian(own), wanted, rtol=1e-4, atol=1e-4)
 
 
+def loud() -> Stats:
+    """First tokens, alike, of 10,000 times the others' energy, as where a linear makes the sink."""
+    x = X.clone()
+    x[:, 0] = 200 * random(D_IN, seed=2)
+    return statistics(x)
+
+
+@pytest.mark.parametrize("kind", ["k", "down"])
+def test_damping_is_a_part_of_what_the_other_tokens_have(kind: str) -> None:
+    stats = loud()
+    own = task(kind, stats, first="auto", damping=0.3)
+    rest = X[:, 1:].flatten(0, 1).square().sum() / (N * LENGTH) / D_IN
+    assert damping(own) * float(first.hessian(own).diagonal().mean()) == pytest.approx(0.3 * float(rest), rel=1e-2)
+    assert damping(task(kind, stats, first=1, damping=0.3)) == 0.3
+    assert damping(task(kind, statistics(first=torch.zeros(0, D_IN)), first="auto", damping=0.3)) == 0.3
+
+
+def test_a_loud_first_token_leaves_feedback_to_the_others() -> None:
+    """Damped by the loud token's energy the others would be rounded as if to nearest."""
+    held, near = inputs(seed=30)[:, 1:], apply(view("down"), {}, Decision.of("rtn", format="w3a16-g48")).linears["layer"].dense
+    errors = [
+        float((held @ (values - WEIGHT).T).square().sum())
+        for values in (compressed("gptq", "down", loud()), compressed("gptq", "down", loud(), first=1), near)
+    ]
+    assert errors[0] < 0.7 * errors[1] and errors[1] > 0.7 * errors[2]
+
+
 @pytest.mark.parametrize("act_order", [True, False])
 def test_a_weight_of_one_is_gptq_as_published(act_order: bool) -> None:
     fmt, stats = parse_format("w3a16-g48"), statistics()
@@ -134,12 +162,11 @@ def few_steps(name: str) -> dict[str, Knob]:
 
 @pytest.mark.parametrize("name", [name for name in COUNTED if METHODS[name].transform not in ("awq", "smooth")])
 def test_a_weight_of_one_is_the_method_that_knows_no_first_token(name: str) -> None:
-    """Bit for bit, in every method that has the knob; by default the codes of keys and values alone are others."""
+    """Bit for bit, in every method that has the knob; by default the codes of keys and values are others."""
     none, knobs = torch.zeros(0, D_IN), few_steps(name)
     without = compressed(name, stats=statistics(first=none, first_drift=none), **knobs)
     assert torch.equal(compressed(name, first=1, **knobs), without)
     assert not torch.equal(compressed(name, **knobs), without)
-    assert torch.equal(compressed(name, "down", **knobs), compressed(name, "down", first=1, **knobs))
 
 
 def test_the_knob_is_where_the_statistic_is_read() -> None:
