@@ -62,7 +62,7 @@ def main() -> None:
                 )
                 error = paired(counted.kl_each, alike.kl_each)[1] / alike.kl
                 row = f"{alike.kl:.4f} | {counted.kl:.4f} | {counted.kl / alike.kl:.3f} | {error:.3f}"
-                sys.stdout.write(f"| {method} | {Path(text).stem} | {row} |\n")
+                sys.stdout.write(f"| {method} | {Path(text).parent.name}/{Path(text).stem} | {row} |\n")
                 sys.stdout.flush()
 
 
