@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from methods import catalogue
 from methods.apply import site_view
 from methods.bank import Bank
 from methods.formats.format import Format, parse_format
@@ -203,8 +204,10 @@ class Session:
 
     @cached_property
     def bank_folder(self) -> Path:
-        """Named by model and calibration text, so that a changed one finds another bank."""
-        return self.config.folder / "bank" / content_key(self.loaded.digest, self.corpora["calibrate"].sha256)
+        """Named by model, calibration text and the methods' revision, so that a changed one finds another bank."""
+        return (
+            self.config.folder / "bank" / content_key(self.loaded.digest, self.corpora["calibrate"].sha256, catalogue.REVISION)
+        )
 
     def held(self, edit: Edit) -> Edit:
         """An edit as the files of the study's runtime hold it: what they would round is rounded before it is judged."""
