@@ -50,8 +50,8 @@ def sweep(
     run as they are and not visited: so a sweep resumes. At the end, or when visit raises, the model is as it was before.
     dense: `visit` never returns edits (ValueError if it does), so that the hidden states are kept once, those behind a block in the
     place of those before it.
-    DRIFT and BLOCK compare with the model as it was before: where one of them is still needed after an edit, a second stream of
-    hidden states passes through it. Memory: the model, one block's statistics, the hidden states before and after one block in each
+    DRIFT, FIRST_DRIFT and BLOCK compare with the model as it was before: where one of them is still needed after an edit, a second stream
+    of hidden states passes through it. Memory: the model, one block's statistics, the hidden states before and after one block in each
     stream; for FISHER, that of the model as it was before, hidden states and gradients at the blocks' boundaries of at most
     `gradients.N_TOKENS` tokens. Raises ValueError for the drift of experts behind an edit: the tokens that reach them are not the same
     in both streams.
@@ -62,7 +62,7 @@ def sweep(
         raise ValueError(f"sweep: {unknown[:3]} are no sites of this {structure.architecture}; they look like {example!r}")
     # A block's sample refers to hidden states, which a visit may keep.
     own = not any(Need.BLOCK in need for need in needs.values())
-    compared = {Need.DRIFT, Need.BLOCK}
+    compared = {Need.DRIFT, Need.FIRST_DRIFT, Need.BLOCK}
     last = max((site.block for site in structure.sites if needs.get(site.name, frozenset()) & compared), default=-1)
     visited = {block for block in range(start, len(structure.blocks)) if not skip(block)}
     fisher = _Gradients.of(model, structure, batches, needs, visited)
@@ -147,14 +147,15 @@ def _collect(
     collectors: dict[str, _Collector] = {}
     hooks: dict[str, _Collector] = {}
     for site, need in wanted.items():
-        if Need.DRIFT in need and not (site.shares_input or streams.same):
+        if need & {Need.DRIFT, Need.FIRST_DRIFT} and not (site.shares_input or streams.same):
             raise ValueError(f"sweep: {site.name} has no drift, for other tokens reach its experts than in the dense model")
         for layer in site.layers:
             first = site.layers[0].name
             if site.shares_input and first in collectors:
                 collectors[layer.name] = collectors[first]
                 continue
-            collectors[layer.name] = hooks[layer.name] = _Collector(site.d_in, need)
+            length = streams.now[0].shape[1] if site.shares_input else None
+            collectors[layer.name] = hooks[layer.name] = _Collector(site.d_in, need, length)
     after = _through(model, runner, block, streams, hooks, overwrite=overwrite)
     sample = None
     if any(Need.BLOCK in need for need in wanted.values()):
@@ -239,9 +240,12 @@ def _straight_rounder(fmt: Format) -> Hook:
 
 
 class _Collector:
-    """A forward pre-hook that adds up what is needed of a linear's inputs: products in fp32, sums over batches in fp64."""
+    """A forward pre-hook that adds up what is needed of a linear's inputs: products in fp32, sums over batches in fp64.
 
-    def __init__(self, d_in: int, need: frozenset[Need]) -> None:
+    length: rows of a sequence, which follow one another; None where rows are routed.
+    """
+
+    def __init__(self, d_in: int, need: frozenset[Need], length: int | None) -> None:
         self._n_tokens = 0
         self._products = Gram(d_in) if Need.HESSIAN in need else None
         self._maxima = torch.zeros(d_in) if Need.ABS_MAX in need else None
@@ -252,14 +256,17 @@ class _Collector:
         self._dense: Tensor | None = None
         self._in_block = Need.BLOCK in need
         self._stride = 1
+        self._length = length
+        self._first = [torch.zeros(0, d_in)] if Need.FIRST in need else None
+        self._first_drift = [torch.zeros(0, d_in)] if Need.FIRST_DRIFT in need else None
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Adds the rows of one call's input (…, d_in)."""
         x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
         if not len(x):
             return
-        if self._dense is not None and self._drift is not None:
-            self._drift += (self._dense - x).T @ x
+        if self._dense is not None:
+            self._see_drift(self._dense - x, x)
             self._dense = None
         if self._products is not None:
             self._products.add(x)
@@ -276,12 +283,14 @@ class _Collector:
             )
         if self._sample is not None:
             self._keep(x)
+        if self._first is not None and self._length is not None:
+            self._first.append(x[:: self._length].clone())
         self._n_tokens += len(x)
 
     @property
     def drifts(self) -> bool:
         """Whether it compares with the dense stream, which must then run first, with `see_dense` as the hook."""
-        return self._drift is not None
+        return self._drift is not None or self._first_drift is not None
 
     def see_dense(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Takes note of what the dense stream's next call reads; calls that no `see_dense` came before do not drift."""
@@ -294,7 +303,18 @@ class _Collector:
         drift = None if self._drift is None else (self._drift / n).float()
         mean = None if self._sums is None else (self._sums / n).float()
         own = block if self._in_block else None
-        return Stats(self._n_tokens, hessian, self._maxima, mean, self._range, self._sample, drift, block=own)
+        first = None if self._first is None else torch.cat(self._first)
+        lost = None if self._first_drift is None else torch.cat(self._first_drift)
+        if first is not None and lost is not None and not len(lost):
+            lost = torch.zeros_like(first)  # nothing was edited yet
+        seen = (hessian, self._maxima, mean, self._range, self._sample, drift)
+        return Stats(self._n_tokens, *seen, block=own, first=first, first_drift=lost)
+
+    def _see_drift(self, drift: Tensor, x: Tensor) -> None:
+        if self._drift is not None:
+            self._drift += drift.T @ x
+        if self._first_drift is not None and self._length is not None:
+            self._first_drift.append(drift[:: self._length].clone())
 
     def _keep(self, x: Tensor) -> None:
         """Every `stride`-th row of the whole stream, the stride doubling whenever they become too many."""

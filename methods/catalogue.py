@@ -43,6 +43,12 @@ from methods.recipes.smoothquant import SMOOTHQUANT
 if TYPE_CHECKING:
     from methods.method import Stats
 
+REVISION = 2
+"""Counts what a decision's name has meant: edits of another revision are not those that `apply` gives today.
+
+2: what first tokens share counts more where keys and values are computed (knob `first`).
+"""
+
 METHODS: Mapping[str, Recipe] = {
     recipe.name: recipe
     for recipe in (

@@ -21,11 +21,13 @@ class Need(Enum):
     """A statistic of a linear over the calibration tokens: of its input, but for FISHER (its weight's gradient) and BLOCK."""
 
     HESSIAN = "hessian"
+    FIRST = "first"
     ABS_MAX = "abs_max"
     ABS_MEAN = "abs_mean"
     RANGE = "range"
     SAMPLE = "sample"
     DRIFT = "drift"
+    FIRST_DRIFT = "first_drift"
     FISHER = "fisher"
     BLOCK = "block"
 
@@ -89,7 +91,9 @@ class Stats:
 
     hessian: (d_in, d_in), `X^T X / n_tokens`; abs_max, abs_mean: (d_in,); range: (2, d_in), least and largest; sample: (n_sample, d_in)
     input rows. drift: (d_in, d_in), `(X_dense - X)^T X / n_tokens`, zero where the blocks before are dense. fisher: (d_out, d_in), the
-    mean squared gradient of the loss; layers then share no object. All fp32. block: the block the linear stands in, to be reconstructed.
+    mean squared gradient of the loss; layers then share no object. first: (n_sequences, d_in), the input rows of the first token of every
+    sequence, and first_drift what these have lost, `X_dense - X`; no rows where tokens are routed, so that none is known for the first.
+    All fp32. block: the block the linear stands in, to be reconstructed.
     """
 
     n_tokens: int
@@ -101,6 +105,8 @@ class Stats:
     drift: Tensor | None = None
     fisher: Tensor | None = None
     block: BlockSample | None = None
+    first: Tensor | None = None
+    first_drift: Tensor | None = None
 
 
 @dataclass(frozen=True)

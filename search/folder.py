@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from methods import catalogue
 from methods.atomic import remove_abandoned, write_text
 from methods.locks import try_lock
 from search.config import ConfigError, RunConfig, device_folders, read_toml, to_toml
@@ -167,11 +168,8 @@ def study_key(config: RunConfig) -> str:
     values = {name: value for name, value in vars(config).items() if name not in _NOT_PREPARED}
     files = [config.model, *(source.partition("=")[2] or source for source in config.data)]
     files += [str(folder) for folder in device_folders(config.devices) if config.target != "cpu"]
-    asked = (
-        [workload.name for workload in config.workloads],
-        False,
-    )  # what earlier versions prepared without such limits is found
-    return content_key(_VERSION, values, asked, [_stat(Path(name).expanduser()) for name in files])
+    asked = [workload.name for workload in config.workloads]
+    return content_key(_VERSION, catalogue.REVISION, values, asked, [_stat(Path(name).expanduser()) for name in files])
 
 
 def kept_prepared(steps: Steps, key: str, config: RunConfig) -> Prepared | None:
@@ -252,4 +250,6 @@ def open_store(session: Session) -> Store:
         "calibration text": session.corpora["calibrate"].sha256,
         "search text": session.corpora["search"].sha256,
     }
-    return Store(config.store or config.folder / "study.db", config.study_name, context)
+    # Evaluations of an earlier revision stay where they are, and count for nothing.
+    name = f"{config.study_name} (methods {catalogue.REVISION})"
+    return Store(config.store or config.folder / "study.db", name, context)

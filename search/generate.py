@@ -15,7 +15,7 @@ from torch import Tensor
 
 from methods import checkpoint, policy_file
 from methods.bank import Bank
-from methods.catalogue import model_method
+from methods.catalogue import REVISION, model_method
 from methods.formats.numerics import payload_bits
 from methods.formats.sides import plain
 from methods.kv.format import CacheFormat
@@ -230,7 +230,7 @@ def _compressed(session: Session, policy: Policy) -> dict[str, Edit]:
 def _unfinished(session: Session, policy: Policy) -> Path:
     """Where finished blocks of a checkpoint lie until it is written, so that an interrupted command goes on from there."""
     text = session.calibration if needs_order(policy) else ""
-    key = content_key(session.loaded.digest, text, policy.key(), session.config.seed)
+    key = content_key(session.loaded.digest, text, policy.key(), session.config.seed, REVISION)
     return session.config.cache_folder / "materialized" / key
 
 

@@ -49,7 +49,7 @@ def compress_in_order(
         own = {site.name: site for site in structure.in_block(block) if site.name in chosen}
         kept = {name: bank.get(name, chosen[name]) for name in own if bank is not None and bank.has(name, chosen[name])}
         views = [site_view(session.model, structure, site) for name, site in own.items() if name not in kept]
-        new = catalogue.apply_block(views, stats, chosen, kept)
+        new = {name: session.held(edit) for name, edit in catalogue.apply_block(views, stats, chosen, kept).items()}
         for name, edit in new.items():
             if bank is not None:
                 bank.put(name, chosen[name], edit)

@@ -179,7 +179,7 @@ def calibrate(session: Session, decisions: Decisions) -> None:
                 view = site_view(session.model, structure, site)
                 edits = catalogue.apply_many(view, stats, missing[site.name])
                 for decision, edit in zip(missing[site.name], edits, strict=True):
-                    session.bank.put(site.name, decision, edit)
+                    session.bank.put(site.name, decision, session.held(edit))
             visited.append(block)
             done = len(structure.blocks) - len(todo) + len(visited)
             update(done, len(structure.blocks), len(structure.blocks) - len(todo))

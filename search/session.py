@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from methods import catalogue
 from methods.apply import site_view
 from methods.bank import Bank
 from methods.formats.format import Format, parse_format
+from methods.formats.halves import in_halves
 from methods.method import Edit
 from methods.model.experts import experts_per_token
 from methods.model.load import LoadedModel, load
@@ -213,8 +216,15 @@ class Session:
 
     @cached_property
     def bank_folder(self) -> Path:
-        """Named by model and calibration text, so that a changed one finds another bank."""
-        return self.config.folder / "bank" / content_key(self.loaded.digest, self.calibration)
+        """Named by model, calibration text and the methods' revision, so that a changed one finds another bank."""
+        return self.config.folder / "bank" / content_key(self.loaded.digest, self.calibration, catalogue.REVISION)
+
+    def held(self, edit: Edit) -> Edit:
+        """An edit as the files of the study's runtime hold it: what they would round is rounded before it is judged."""
+        engine = runtime(self.config.runtime)
+        if not (engine.halves or (self.loaded.structure.dtype == "fp16" and engine.loads is not None)):
+            return edit
+        return replace(edit, linears={name: in_halves(compressed) for name, compressed in edit.linears.items()})
 
     def edit(self, site: str, decision: Decision) -> Edit:
         """What a decision made of a site, from the bank."""

@@ -75,7 +75,8 @@ class Runtime:
     """What executes a model. `loads` is None where the kernels alone decide what runs.
 
     export: the name of the export format it reads; experts: whether models with experts are exported to it; transposed: whether it
-    runs compressed weights that are stored (d_in, d_out); architectures: the only ones that are exported to it, all where empty.
+    runs compressed weights that are stored (d_in, d_out); architectures: the only ones that are exported to it, all where empty; halves:
+    whether its files keep scales in fp16, whatever the checkpoint's dtype.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Runtime:
     experts: bool = True
     transposed: bool = True
     architectures: tuple[str, ...] = ()
+    halves: bool = False
 
     def supports(self, fmt: Format, site: Site) -> str | None:
         """Why the runtime cannot run the format at the site, or None. Dense dtypes always run, with zeros or of low rank here alone."""
@@ -152,8 +154,10 @@ RUNTIMES: Mapping[str, Runtime] = MappingProxyType(
             Runtime("transformers", _CT[0], _portable(_CT, "load-tested", fused=False), experts=False, transposed=False),
             Runtime("vllm", _CT[0], _portable(_PACKED, "by reference", fused=True), experts=False, transposed=False),
             Runtime("vllm-cpu", _CT[0], (_W4A16, _W8A8), experts=False, transposed=False),
-            Runtime("llama.cpp", "gguf", (Blocks(),), experts=False, transposed=False, architectures=GGUF_ARCHITECTURES),
-            Runtime("auto-round", "auto-round", (_AUTO_ROUND,), experts=False, transposed=False),
+            Runtime(
+                "llama.cpp", "gguf", (Blocks(),), experts=False, transposed=False, architectures=GGUF_ARCHITECTURES, halves=True
+            ),
+            Runtime("auto-round", "auto-round", (_AUTO_ROUND,), experts=False, transposed=False, halves=True),
             Runtime("torchao", "torchao", _TORCHAO, experts=False, transposed=False),
         )
     }

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from methods.formats.numerics import decode
 from methods.formats.sides import SIDE_DTYPE
-from methods.method import Need
 from methods.quant.feedback import BLOCK, RoundColumn, column_rounder
+from methods.quant.first import hessian
 from methods.quant.grid import Grid, payload
 from methods.quant.task import Rounded, Task
 
@@ -23,8 +23,9 @@ def refine(task: Task, grid: Grid, rounded: Rounded, damping: float, passes: int
         own = task.weight.to(SIDE_DTYPE).to(values.dtype) if rounded.values is None else rounded.values
         values = torch.where(task.kept, own, values)
     rounder = column_rounder(task.fmt, grid, task.weight.shape[1])
-    hessian = task.statistic(Need.HESSIAN)
-    return replace(rounded, codes=greedy(task.weight, rounded.codes, values, hessian, rounder, damping, passes, kept=task.kept))
+    return replace(
+        rounded, codes=greedy(task.weight, rounded.codes, values, hessian(task), rounder, damping, passes, kept=task.kept)
+    )
 
 
 def greedy(

@@ -37,7 +37,9 @@ class Rotation:
             stats,
             hessian=self._moment(stats.hessian),
             drift=self._moment(stats.drift),
-            sample=None if stats.sample is None else turned_inputs(stats.sample, self.own).to(stats.sample.dtype),
+            sample=self._rows(stats.sample),
+            first=self._rows(stats.first),
+            first_drift=self._rows(stats.first_drift),
             abs_max=None,
             abs_mean=None,
             range=None,
@@ -47,6 +49,9 @@ class Rotation:
     def parts(self) -> Mapping[str, Tensor]:
         """The payload parts."""
         return self.own
+
+    def _rows(self, rows: Tensor | None) -> Tensor | None:
+        return None if rows is None else turned_inputs(rows, self.own).to(rows.dtype)
 
     def _moment(self, moment: Tensor | None) -> Tensor | None:
         """V diag(1/s) M diag(1/s) V^T."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from methods.formats.format import Format
 from methods.formats.numerics import Compressed
 from methods.learn import Parameters, Training, learn, linear, through
-from methods.method import BlockSample, Edit, Need, SiteView, Stats
+from methods.method import BlockSample, Edit, SiteView, Stats
+from methods.quant import first
 from methods.quant.feedback import auto_damping
 from methods.quant.fold import fold
 from methods.quant.grid import Grid, grouped, payload, range_grid
@@ -181,9 +182,9 @@ def learn_layers(site: LearnedSite, learner: Learner, knobs: Knobs) -> Edit:
     """
     linears: dict[str, Compressed] = {}
     for name, task in site.tasks.items():
-        hessian = task.statistic(Need.HESSIAN)
-        floor = auto_damping(task.stats.n_tokens, len(hessian)) * hessian.diagonal().mean()
-        damped = hessian + floor * torch.eye(len(hessian))
+        moment = first.hessian(task)
+        floor = auto_damping(task.stats.n_tokens, len(moment)) * first.others(task) * moment.diagonal().mean()
+        damped = moment + floor * torch.eye(len(moment))
 
         def loss(weights: Mapping[str, Tensor], _tensors: object, _item: int, task: Task = task, h: Tensor = damped) -> Tensor:
             error = weights[task.name] - task.weight

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from methods.formats.sides import low_rank as stored
 from methods.method import Need
+from methods.quant.first import hessian
 from methods.quant.task import Task
 
 
@@ -40,8 +41,8 @@ def by_mean_input(task: Task, dense: Tensor) -> dict[str, Tensor]:
 
 
 def by_output(task: Task, dense: Tensor) -> dict[str, Tensor]:
-    """QERA; knob `rank`."""
-    return _correction(task, dense, task.statistic(Need.HESSIAN))
+    """QERA; knobs `rank`, `first`."""
+    return _correction(task, dense, hessian(task))
 
 
 def _correction(task: Task, dense: Tensor, metric: Tensor | None = None) -> dict[str, Tensor]:

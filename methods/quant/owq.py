@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from methods.method import Need
+from methods.quant.first import hessian
 from methods.quant.outliers import at_most, cast, largest
 from methods.quant.task import Task
 
 
 def by_sensitive_columns(task: Task) -> Tensor:
     """OWQ; knob `columns`, the share of them. Deviation: it is min-max rounding that they are sensitive to, whatever the fitter."""
-    rounded, hessian = cast(task.weight, task.fmt), task.statistic(Need.HESSIAN)
-    return sensitive_columns(task.weight, rounded, hessian, task.number("columns")).repeat(len(task.weight), 1)
+    return sensitive_columns(task.weight, cast(task.weight, task.fmt), hessian(task), task.number("columns")).repeat(
+        len(task.weight), 1
+    )
 
 
 def sensitive_columns(weight: Tensor, rounded: Tensor, hessian: Tensor, share: float) -> Tensor:

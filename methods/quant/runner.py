@@ -13,8 +13,9 @@ from torch import Tensor
 
 from methods.formats.format import Format, parse_format
 from methods.formats.numerics import DTYPES, Compressed
-from methods.method import Edit, Need, SiteView, Stats
+from methods.method import Edit, SiteView, Stats
 from methods.quant.feedback import feedback, stacked_rounder
+from methods.quant.first import hessian
 from methods.quant.grid import Grid, payload
 from methods.quant.learned import LearnedSite, learn_block, learn_layers
 from methods.quant.parts import COMPENSATORS, FITTERS, LEARNERS, PARTITIONS, ROUNDERS, TRANSFORMS, side_of
@@ -153,7 +154,7 @@ def _one_sweep(tasks: Sequence[Task], grids: Sequence[Grid]) -> tuple[Tensor, ..
     task = tasks[0]
     rounder = stacked_rounder([(own.fmt, grid) for own, grid in zip(tasks, grids, strict=True)], task.weight.shape[1])
     stacked, order = task.weight.repeat(len(tasks), 1), bool(task.knobs["act_order"])
-    return feedback(stacked, task.statistic(Need.HESSIAN), rounder, damping(task), act_order=order).codes.chunk(len(tasks))
+    return feedback(stacked, hessian(task), rounder, damping(task), act_order=order).codes.chunk(len(tasks))
 
 
 def _split(parts: Mapping[str, Tensor], rows: list[int]) -> list[dict[str, Tensor]]:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from methods.formats.format import Format
-from methods.method import Need
 from methods.quant.feedback import inverse_factor
+from methods.quant.first import hessian
 from methods.quant.grid import grouped
 from methods.quant.outliers import at_most, cast, filled, largest
 from methods.quant.rounders import damping
@@ -21,7 +21,7 @@ def by_leave_one_out(task: Task) -> Tensor:
     SpQR (Dettmers 2023), section 4. Deviations: elements are chosen once, before the sweep, so that none is added for the error that it
     turns out to have; losses count with the diagonal of H^-1 instead of its factor's, which depends on the order of the columns.
     """
-    factor = inverse_factor(task.statistic(Need.HESSIAN), damping(task))
+    factor = inverse_factor(hessian(task), damping(task))
     loss = factor.square().sum(0).reciprocal().to(task.weight.dtype)
     gain = gains(task.weight, loss, task.fmt)
     unit = (task.weight.var(0, correction=0) * loss).mean()

@@ -116,5 +116,7 @@ def scaled(stats: Stats, ratio: Tensor) -> Stats:
         range=divided(stats.range, ratio),
         sample=divided(stats.sample, ratio),
         drift=divided(stats.drift, outer),
+        first=divided(stats.first, ratio),
+        first_drift=divided(stats.first_drift, ratio),
         fisher=divided(stats.fisher, ratio.square()),
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from methods.formats.format import Format, parse_format
 from methods.method import Source
 from methods.policy import Knob
-from methods.recipes.gptq import FEEDBACK_KNOBS
+from methods.recipes.gptq import FEEDBACK_KNOBS, FIRST
 from methods.recipes.recipe import KnobSpec, Limit, Recipe, grid_format
 from methods.recipes.rtn import FITTER
 
@@ -46,6 +46,7 @@ def integer_grid(fmt: Format) -> str | None:
 
 
 def _low_rank(name: str, summary: str, source: Source, compensator: str, *, feedback: bool = False) -> Recipe:
+    own = FEEDBACK_KNOBS if feedback else {"first": FIRST} if compensator == "qera" else {}
     return Recipe(
         name=name,
         summary=summary,
@@ -55,7 +56,7 @@ def _low_rank(name: str, summary: str, source: Source, compensator: str, *, feed
         compensator=compensator,
         stacks=False,
         formats=grid_format,
-        knobs={"rank": RANK, "fitter": FITTER, **(FEEDBACK_KNOBS if feedback else {})},
+        knobs={"rank": RANK, "fitter": FITTER, **own},
         side_bits=rank_bits,
         simulated="no kernel adds a low-rank product in 16 bits to that of the codes",
         limits=(Limit({"rank": 0}, "gptq" if feedback else "rtn"),),

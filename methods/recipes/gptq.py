@@ -4,9 +4,13 @@ from methods.method import Source
 from methods.recipes.recipe import KnobSpec, Recipe, grid_format
 from methods.recipes.rtn import FITTER
 
+FIRST = KnobSpec("auto", options=("auto",), low=1.0, high=1e6)
+"""How often what the first tokens share counts where keys and values are computed (`methods.quant.first`)."""
+
 FEEDBACK_KNOBS = {
     "damping": KnobSpec("auto", options=("auto",), low=0.0, high=100.0),
     "act_order": KnobSpec(True, options=(True, False)),
+    "first": FIRST,
 }
 
 GPTQ = Recipe(

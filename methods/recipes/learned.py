@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from methods.method import Source
+from methods.recipes.gptq import FIRST
 from methods.recipes.recipe import KnobSpec, Limit, Recipe, integer_format
 from methods.recipes.rtn import FITTER
 
@@ -30,7 +31,7 @@ ADAROUND = Recipe(
     ),
     formats=integer_format,
     learner="adaround",
-    knobs={"fitter": FITTER, "steps": replace(STEPS, default=500), "rate": rate(0.05), "penalty": PENALTY},
+    knobs={"fitter": FITTER, "steps": replace(STEPS, default=500), "rate": rate(0.05), "penalty": PENALTY, "first": FIRST},
     limits=(Limit({"steps": 0}, "rtn"), Limit({"steps": 0, "fitter": "mse"}, "rtn", {"fitter": "mse"}, "w3a16-g16-asym")),
 )
 

@@ -15,6 +15,8 @@ from methods.policy import Knob
 if TYPE_CHECKING:
     from methods.method import Stats
 
+_COUNTED = frozenset({Need.HESSIAN, Need.FIRST})
+
 PART_NEEDS: Mapping[str, frozenset[Need]] = {
     "smooth": frozenset({Need.ABS_MAX}),
     "awq": frozenset({Need.ABS_MEAN, Need.SAMPLE}),
@@ -29,23 +31,23 @@ PART_NEEDS: Mapping[str, frozenset[Need]] = {
     "scale-search": frozenset({Need.SAMPLE}),
     "disassembly": frozenset({Need.ABS_MAX}),
     "reassembly": frozenset({Need.ABS_MAX, Need.SAMPLE}),
-    "feedback": frozenset({Need.HESSIAN}),
+    "feedback": _COUNTED,
     "loud-columns": frozenset({Need.ABS_MAX}),
-    "sensitive-columns": frozenset({Need.HESSIAN}),
-    "leave-one-out": frozenset({Need.HESSIAN}),
+    "sensitive-columns": _COUNTED,
+    "leave-one-out": _COUNTED,
     "sensitive-or-large": frozenset({Need.FISHER}),
     "fisher": frozenset({Need.FISHER}),
     "lqer": frozenset({Need.ABS_MEAN}),
-    "qera": frozenset({Need.HESSIAN}),
-    "feedback-drift": frozenset({Need.HESSIAN, Need.DRIFT}),
-    "ldlq": frozenset({Need.HESSIAN}),
-    "obq": frozenset({Need.HESSIAN}),
-    "nearest+greedy": frozenset({Need.HESSIAN}),
-    "feedback+greedy": frozenset({Need.HESSIAN}),
-    "ldlq+greedy": frozenset({Need.HESSIAN}),
+    "qera": _COUNTED,
+    "feedback-drift": frozenset({*_COUNTED, Need.DRIFT, Need.FIRST_DRIFT}),
+    "ldlq": _COUNTED,
+    "obq": _COUNTED,
+    "nearest+greedy": _COUNTED,
+    "feedback+greedy": _COUNTED,
+    "ldlq+greedy": _COUNTED,
     "output-clip": frozenset({Need.SAMPLE}),
     "incoherence": frozenset({Need.HESSIAN}),
-    "adaround": frozenset({Need.HESSIAN}),
+    "adaround": _COUNTED,
     "adaround-block": frozenset({Need.BLOCK}),
     "flexround": frozenset({Need.BLOCK}),
     "signround": frozenset({Need.BLOCK}),

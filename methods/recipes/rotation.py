@@ -9,6 +9,7 @@ from methods.formats.format import parse_format
 from methods.method import Source
 from methods.model.structure import Site
 from methods.policy import Knob
+from methods.recipes.gptq import FIRST
 from methods.recipes.model_method import ModelMethod
 from methods.recipes.recipe import KnobSpec, Limit, Recipe
 from methods.recipes.rounding import DAMPING, PASSES
@@ -107,6 +108,7 @@ QUIP = Recipe(
     knobs={
         "fitter": KnobSpec("rms", options=("rms", "minmax", "mse")),
         "damping": DAMPING,
+        "first": FIRST,
         "passes": PASSES,
         "seed": SEED,
         "rotate": KnobSpec(True, options=(True, False)),

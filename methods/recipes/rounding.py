@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from methods.method import Source
 from methods.model.structure import Site
 from methods.policy import Knob
-from methods.recipes.gptq import FEEDBACK_KNOBS
+from methods.recipes.gptq import FEEDBACK_KNOBS, FIRST
 from methods.recipes.recipe import KnobSpec, Limit, Recipe, grid_format, integer_format
 from methods.recipes.rtn import FITTER
 
@@ -42,6 +42,7 @@ LDLQ = Recipe(
     knobs={
         "fitter": FITTER,
         "damping": DAMPING,
+        "first": FIRST,
         "order": KnobSpec("last-first", options=("last-first", "first-last")),
     },
     limits=(Limit({"order": "first-last"}, "gptq", {"act_order": False}),),
@@ -60,6 +61,7 @@ OBQ = Recipe(
     knobs={
         "fitter": FITTER,
         "damping": DAMPING,
+        "first": FIRST,
         "order": KnobSpec("cheapest", options=("cheapest", "first-last")),
     },
     formats=integer_format,
@@ -73,7 +75,7 @@ GREEDY = Recipe(
     source=Source(*_QUIP, "supplement, greedy updates"),
     rounder="nearest+greedy",
     formats=grid_format,
-    knobs={"fitter": FITTER, "damping": DAMPING, "passes": PASSES},
+    knobs={"fitter": FITTER, "damping": DAMPING, "first": FIRST, "passes": PASSES},
     limits=(Limit({"passes": 0}, "rtn"),),
 )
 

@@ -81,6 +81,9 @@ def test_statistics_are_those_of_the_layers_inputs(arch):
         assert torch.allclose(stats.abs_mean.double(), x.abs().mean(0), atol=1e-5)
         assert torch.allclose(stats.range.double(), torch.stack(x.aminmax(dim=0)), atol=1e-5)
         assert torch.allclose(stats.sample.double(), x, atol=1e-5)
+        routed = "experts" in name and "shared" not in name
+        assert torch.allclose(stats.first.double(), x[:0] if routed else x[::24], atol=1e-5)
+        assert stats.first_drift.shape == stats.first.shape and not stats.first_drift.any()
         assert {t.dtype for t in (stats.hessian, stats.abs_max, stats.abs_mean, stats.sample)} == {torch.float32}
 
 
@@ -196,7 +199,7 @@ def _hidden(model, block, batches):
     return [inputs for inputs, _ in seen], [outputs for _, outputs in seen]
 
 
-COMPARED = frozenset({Need.DRIFT, Need.BLOCK, Need.HESSIAN})
+COMPARED = frozenset({Need.DRIFT, Need.FIRST, Need.FIRST_DRIFT, Need.BLOCK, Need.HESSIAN})
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "neox"])
@@ -218,6 +221,7 @@ def test_drift_compares_with_the_dense_stream(arch):
         drift = (dense[name] - now[name]).T @ now[name] / len(now[name])
         assert drift.abs().max() > 1e-2
         assert torch.allclose(found[name].drift.double(), drift, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(found[name].first_drift.double(), (dense[name] - now[name])[::24], atol=1e-5)
         assert torch.allclose(found[name].hessian.double(), now[name].T @ now[name] / len(now[name]), rtol=1e-4, atol=1e-5)
     sample = found[names[0]].block
     assert all(torch.allclose(h, wanted, atol=1e-5) for h, wanted in zip(sample.inputs, inputs, strict=True))

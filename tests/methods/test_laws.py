@@ -93,6 +93,8 @@ def statistics(**replaced: torch.Tensor) -> dict[str, Stats]:
         "range": torch.stack(x.aminmax(dim=0)),
         "sample": x[:200],
         "drift": (0.1 * random(800, D_IN, seed=13)).T @ x / len(x),
+        "first": x[::80],
+        "first_drift": 0.1 * random(10, D_IN, seed=15),
         "block": block_of(view().weights, x, view().norm),
     }
     shared = Stats(len(x), **{**values, **replaced})
@@ -229,7 +231,11 @@ def ones_scale() -> dict[str, Stats]:
 
 
 SPECIAL: dict[str, tuple[dict[str, Any], dict[str, Stats], str]] = {
-    "gptq": ({}, statistics(hessian=torch.diag(torch.rand(D_IN, generator=torch.Generator().manual_seed(0)) + 0.1)), "rtn"),
+    "gptq": (
+        {"first": 1},
+        statistics(hessian=torch.diag(torch.rand(D_IN, generator=torch.Generator().manual_seed(0)) + 0.1)),
+        "rtn",
+    ),
     "awq": ({}, ones_scale(), "rtn"),
     "hqq": ({"iterations": 0}, {}, "rtn"),
     "smoothquant": ({"alpha": 0.5}, ones_scale(), "rtn"),
@@ -277,7 +283,9 @@ def test_a_combination_is_gptq_of_the_transformed_site(name: str, transform: str
     weights = {layer: weight * ratio for layer, weight in before.weights.items()}
     hessian = stats["q"].hessian
     assert hessian is not None and (ratio != 1).float().mean() > 0.9
-    moved = statistics(hessian=hessian / ratio[:, None] / ratio)
+    first = stats["q"].first
+    assert first is not None
+    moved = statistics(hessian=hessian / ratio[:, None] / ratio, first=first / ratio)
     expected = apply(SiteView(SITE, weights, before.norm), moved, Decision.of("gptq", format=fmt))
     edit = apply(before, stats, Decision.of(name, format=fmt))
     assert torch.equal(edit.tensors["norm.weight"], folded)
@@ -295,7 +303,7 @@ def test_none_leaves_the_site_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("decision", "message"),
     [
-        (Decision.of("gtpq", format="w4a16"), r"no method 'gtpq' \(did you mean gptq\?\); there are none, rtn"),
+        (Decision.of("gtpq", format="w4a16"), r"no method 'gtpq'; did you mean gptq or .*`search methods` lists all"),
         (Decision.of("rtn"), "knob format is missing"),
         (Decision.of("rtn", format="w9a16"), "integer grids have"),
         (Decision.of("rtn", format="int4"), "unknown format"),
@@ -379,8 +387,8 @@ def test_every_method_has_a_limit() -> None:
 
 def test_needs_are_the_union() -> None:
     decisions = [DENSE, Decision.of("gptq", format="w4a16"), Decision.of("smoothquant", format="w8a8-token")]
-    assert needs(decisions) == {Need.HESSIAN, Need.ABS_MAX}
-    assert method("awq-gptq").needs == {Need.HESSIAN, Need.ABS_MEAN, Need.SAMPLE}
+    assert needs(decisions) == {Need.HESSIAN, Need.FIRST, Need.ABS_MAX}
+    assert method("awq-gptq").needs == {Need.HESSIAN, Need.FIRST, Need.ABS_MEAN, Need.SAMPLE}
 
 
 def test_the_catalogue_imports_no_torch() -> None:

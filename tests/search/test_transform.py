@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from methods import checkpoint, policy_file
+from methods import catalogue, checkpoint, policy_file
 from methods.model.describe import describe
 from methods.policy import Decision, Policy
 from methods.policy_file import PolicyFile
 from search.config import ConfigError, RunConfig
 from search.dry_run import dry_run
-from search.folder import study_key
+from search.folder import open_store, study_key
 from search.generate import materialize
 from search.progress import Progress
 from search.session import Session
+from search.study import TrialRecord
 from tests.tiny import save_tiny, tiny_model
 
 SMALL = {
@@ -89,6 +90,23 @@ def test_studies_and_keys_of_different_transforms_differ(folder: Path) -> None:
     assert len({c.study_name for c in configs}) == len({study_key(c) for c in configs}) == 3
     sessions = [Session(c, Progress(quiet=True)) for c in configs]
     assert len({s.loaded.digest for s in sessions}) == len({s.bank_folder.name for s in sessions}) == 3
+
+
+def test_what_another_revision_of_the_methods_made_is_not_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compressed weights, what was prepared from them and evaluations are looked for elsewhere, and stay where they are."""
+    policy = Policy.uniform(["s"], Decision.of("gptq", format="w4a16-g64"))
+    trial = TrialRecord(policy, kl=0.5, kl_stderr=0.1, n_tokens=100, latency_ms=1.0, role="search")
+    config(folder).folder.mkdir(parents=True, exist_ok=True)
+    found = []
+    for revision in (1, catalogue.REVISION):
+        monkeypatch.setattr(catalogue, "REVISION", revision)
+        own = session(folder)
+        store = open_store(own)
+        found.append((own.bank_folder, study_key(own.config), store.name, store.lookup(*trial.key)))
+        store.record(trial)
+    assert catalogue.REVISION > 1
+    assert all(len({entry[index] for entry in found}) == 2 for index in range(3)) and found[1][3] is None
+    assert open_store(session(folder)).lookup(*trial.key) is not None
 
 
 def test_a_session_is_about_the_rotated_model(folder: Path) -> None:

@@ -66,7 +66,7 @@ class Benchmark:
         self.loaded: LoadedModel = load(None if options.model == "default" else options.model, options.cache, log=say)
         self.calibrate = self._text(options.calibrate, -(-options.tokens // options.sequence))
         self.evaluate = self._text(options.evaluate, options.windows)
-        self.key = content_key(self.loaded.digest, tokens_hash(self.calibrate), tokens_hash(self.evaluate))
+        self.key = content_key(self.loaded.digest, tokens_hash(self.calibrate), tokens_hash(self.evaluate), catalogue.REVISION)
         folder = options.scratch / self.key / ("in-order" if options.in_order else "dense")
         self.bank, self._facts = Bank(folder / "bank"), folder / "facts"
         blocks = self.structure.blocks

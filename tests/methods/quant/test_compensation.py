@@ -34,7 +34,7 @@ WEIGHT = random(D_OUT, D_IN, seed=0) * 0.05
 
 def compressed(method: str, fmt: str = "w3a16-g48", **knobs: bool | int | float | str) -> Compressed:
     x = inputs()
-    stats = Stats(len(x), hessian=x.T @ x / len(x), abs_mean=x.abs().mean(0))
+    stats = Stats(len(x), hessian=x.T @ x / len(x), abs_mean=x.abs().mean(0), first=x[:0])
     return apply(SiteView(SITE, {"down": WEIGHT}), {"down": stats}, Decision.of(method, format=fmt, **knobs)).linears["down"]
 
 
@@ -92,7 +92,7 @@ def test_each_correction_is_the_best_in_its_own_metric() -> None:
 def test_columns_that_meet_no_input_do_not_break_a_correction() -> None:
     x = inputs()
     x[:, 5:40] = 0
-    stats = {"down": Stats(len(x), hessian=x.T @ x / len(x), abs_mean=x.abs().mean(0))}
+    stats = {"down": Stats(len(x), hessian=x.T @ x / len(x), abs_mean=x.abs().mean(0), first=x[:0])}
     for method in ("lqer", "qera", "qera-gptq"):
         edit = apply(SiteView(SITE, {"down": WEIGHT}), stats, Decision.of(method, format="w3a16-g48", rank=8))
         assert torch.isfinite(edit.linears["down"].dense).all()

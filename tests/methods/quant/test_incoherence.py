@@ -49,6 +49,8 @@ def statistics(x: torch.Tensor) -> Stats:
         hessian=x.T @ x / len(x),
         drift=0.1 * x.T @ x / len(x),
         sample=x[:50],
+        first=x[::60],
+        first_drift=0.1 * x[::60],
         abs_max=x.abs().amax(0),
         fisher=weight() ** 2,
     )
@@ -87,6 +89,9 @@ def test_statistics_turn_with_the_inputs(name: str) -> None:
     assert torch.allclose(moved.hessian, hessian, rtol=1e-3, atol=1e-4 * float(hessian.abs().max()))
     assert torch.allclose(moved.drift, 0.1 * hessian, rtol=1e-3, atol=1e-4 * float(hessian.abs().max()))
     assert torch.allclose(moved.sample, y[:50], rtol=1e-4, atol=1e-4)
+    assert moved.first is not None and moved.first_drift is not None
+    assert torch.allclose(moved.first, y[::60], rtol=1e-4, atol=1e-4)
+    assert torch.allclose(moved.first_drift, 0.1 * y[::60], rtol=1e-4, atol=1e-4)
     assert moved.abs_max is None and moved.fisher is None and moved.n_tokens == len(x)
 
 

@@ -57,7 +57,7 @@ X, HELD = _inputs(800, 10), _inputs(400, 20)
 
 
 def _stats(**replaced: object) -> dict[str, Stats]:
-    own = {"hessian": X.T @ X / len(X), "abs_max": X.abs().amax(0), "block": block_of(WEIGHTS, X, NORM)}
+    own = {"hessian": X.T @ X / len(X), "abs_max": X.abs().amax(0), "first": X[::100], "block": block_of(WEIGHTS, X, NORM)}
     shared = Stats(len(X), **{**own, **replaced})
     return {"q": shared, "k": shared}
 
@@ -184,7 +184,7 @@ def test_adaround_comes_close_to_the_best_rounding():
     weight = _random(10, d_in, seed=8)
     weight[:, 8:] = 0.0
     site = Site("o", "o", 0, (LayerSpec("o", "o", 0, d_in, 10),))
-    stats = {"o": Stats(10**6, hessian=x.T @ x / 200)}
+    stats = {"o": Stats(10**6, hessian=x.T @ x / 200, first=x[:0])}
     view = SiteView(site, {"o": weight})
     rtn, edit = (
         catalogue.apply(view, stats, Decision.of(name, format="w2a16-asym")).linears["o"] for name in ("rtn", "adaround")

@@ -54,7 +54,7 @@ FISHER = random(D_OUT, D_IN, seed=10).pow(4)
 
 def compressed(method: str, fmt: str, weight: torch.Tensor = WEIGHT, **knobs: bool | int | float | str) -> Compressed:
     x = inputs()
-    stats = Stats(len(x), hessian=x.T @ x / len(x), abs_max=x.abs().amax(0), fisher=FISHER)
+    stats = Stats(len(x), hessian=x.T @ x / len(x), abs_max=x.abs().amax(0), fisher=FISHER, first=x[:0])
     return apply(SiteView(SITE, {"down": weight}), {"down": stats}, Decision.of(method, format=fmt, **knobs)).linears["down"]
 
 
@@ -202,7 +202,13 @@ def test_spqr_keeps_what_was_planted_and_beats_gptq_at_more_bits() -> None:
 
 @pytest.mark.parametrize(("method", "fmt"), [("owq", "w3a16-g48"), ("spqr", "w3a16-g16"), ("squeezellm", "lut3a16")])
 def test_a_layer_that_no_token_reached_rounds_as_well_as_it_can(method: str, fmt: str) -> None:
-    unseen = Stats(0, hessian=torch.zeros(D_IN, D_IN), abs_max=torch.zeros(D_IN), fisher=torch.zeros(D_OUT, D_IN))
+    unseen = Stats(
+        0,
+        hessian=torch.zeros(D_IN, D_IN),
+        abs_max=torch.zeros(D_IN),
+        fisher=torch.zeros(D_OUT, D_IN),
+        first=torch.zeros(0, D_IN),
+    )
     dense = apply(SiteView(SITE, {"down": WEIGHT}), {"down": unseen}, Decision.of(method, format=fmt)).linears["down"].dense
     assert (dense - WEIGHT).square().sum() < 0.06 * WEIGHT.square().sum()
 
