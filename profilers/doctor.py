@@ -36,25 +36,37 @@ def doctor(cache: Path, threads: int | None = None) -> list[Finding]:
     """Everything worth knowing before a measurement; cache: where tables and kernels are kept. Compiles the kernels."""
     target = local_cpu(threads)
     cores = physical_cores()
-    load = load_average()
     return [
         Finding("target", True, f"{target.description}; activations in {target.compute_dtype}"),
         *_kernels(),
         Finding("instructions", bool(target.capabilities), ", ".join(sorted(target.capabilities)) or "none that kernels use"),
-        Finding("threads", target.threads <= cores, f"{target.threads} of {cores} physical cores"),
-        Finding(
-            "load", load <= QUIET_LOAD * cores, f"{load:.1f} processes a minute; stop what else runs for trustworthy timings"
-        ),
+        Finding("threads", target.threads <= cores, f"{target.threads} on {cores} physical cores"),
+        _load(cores),
         *_governor(),
         *_quota(target.threads),
         *_clock(target),
         _pace(target),
         *_cuda(),
-        Finding("memory", target.memory_bytes >= 4 << 30, f"{target.memory_bytes / 2**30:.0f} GiB"),
+        Finding("memory", target.memory_bytes >= 4 << 30, f"{target.memory_bytes / 2**30:.0f} GiB physical"),
         _writable("cache folder", cache),
         _writable("kernel folder", kernel_folder()),
         _lock(cache / "tables"),
     ]
+
+
+def disturbances(target: Target, cache: Path) -> list[Finding]:
+    """What would disturb timings on a CPU that is here, now: other work, a slow core, another run that times. Half a second."""
+    if not target.present or target.device != "cpu":
+        return []
+    looked = (_load(physical_cores()), _pace(target), _lock(cache / "tables"))
+    return [finding for finding in looked if not finding.ok]
+
+
+def _load(cores: int) -> Finding:
+    load = load_average()
+    quiet = load <= QUIET_LOAD * cores
+    detail = f"{load:.1f} processes ran or waited on average over the last minute, on {cores} physical core{'s' if cores > 1 else ''}"
+    return Finding("load", quiet, detail if quiet else f"{detail}; stop what else runs for trustworthy timings")
 
 
 def _kernels() -> Iterator[Finding]:
@@ -81,7 +93,8 @@ def _pace(target: Target) -> Finding:
         while time.perf_counter() - begin < _LOOK_S:
             readings.append(pace.now())
     slow = sum(reading > SLOW for reading in readings) / len(readings)
-    detail = f"{quantile(sorted(readings), 0.5):.2f} times the yardstick's best, slow in {slow:.0%} of {_LOOK_S:g} s"
+    now = quantile(sorted(readings), 0.5)
+    detail = f"fixed work takes {now:.2f} times its best time here, over {SLOW:g} times during {slow:.0%} of {_LOOK_S:g} s"
     advice = "; something shares the cores or holds their clock back, timings wait for better moments and take longer"
     if slow == 1:
         advice += " (if it never was faster than now: `search cache --clear pace`)"

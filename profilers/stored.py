@@ -13,6 +13,7 @@ from methods.atomic import write_bytes
 from methods.typed import json_of
 from methods.typed import read as typed
 from profilers.table import SCHEMA, Header, LatencyTable, TableError, check_header
+from profilers.target import differences
 
 _AGAIN = "remove it to measure again"
 _METADATA = b"isolatency"
@@ -81,9 +82,11 @@ def merge(tables: Sequence[LatencyTable]) -> LatencyTable:
     first = tables[0]
     for other in tables[1:]:
         if other.fingerprint != first.fingerprint:
+            one, two = (table.header.get("facts") or {} for table in (first, other))
+            apart = "; ".join(differences(one, two, ("in the first", "in the second")))
             raise TableError(
                 f"tables of two devices or set-ups cannot be merged: {first.description} ({first.fingerprint}) and "
-                f"{other.description} ({other.fingerprint})"
+                f"{other.description} ({other.fingerprint}){f'; they differ in {apart}' if apart else ''}"
             )
     merged = LatencyTable(first.fingerprint, first.description, header=tables[-1].header)
     for table in tables:

@@ -100,6 +100,7 @@ class Header(TypedDict):
     kind: Literal["isolatency latency table"]
     fingerprint: str
     description: str
+    facts: NotRequired[Mapping[str, Any]]
     arch: NotRequired[str]
     device: NotRequired[Literal["cpu", "cuda"]]
     sheet: NotRequired[str]
@@ -281,6 +282,7 @@ def header_of(target: Target) -> dict[str, Any]:
         "kind": KIND,
         "fingerprint": target.fingerprint,
         "description": target.description,
+        "facts": dict(target.facts),
         "arch": target.arch,
         "device": target.device,
         "sheet": target.sheet,

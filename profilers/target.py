@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -18,13 +18,19 @@ from profilers.cores import TargetError, check_threads, physical_cores
 from profilers.datasheets import sheet_of
 from profilers.label import Label
 
-__all__ = ["Target", "TargetError", "digest_of", "local_cpu", "local_cuda", "memory_bytes", "physical_cores"]
+__all__ = ["Target", "TargetError", "differences", "digest_of", "local_cpu", "local_cuda", "memory_bytes", "physical_cores"]
 
 _CPU_FLAGS = (
     "avx2", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "i8mm",
 )  # fmt: skip
-_NO_MATTER = ("OMP_NUM_THREADS", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
-"""Threads are set explicitly; the others are what libraries set when they are imported, and change no timing."""
+_NO_MATTER = (
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+    *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),
+    *("OMP_DISPLAY_ENV", "OMP_DISPLAY_AFFINITY", "KMP_SETTINGS", "KMP_VERSION", "KMP_WARNINGS"),
+)
+"""Change neither arithmetic nor timing: threads are set explicitly, libraries set the next two when they are imported, and the last
+only print when a process starts.
+"""
 
 _ENVIRONMENT = ("OMP_", "KMP_", "GOMP_", "ONEDNN_", "DNNL_", "MKL_", "ATEN_CPU_CAPABILITY")
 
@@ -38,7 +44,7 @@ class Target:
     everything a timing depends on but the kernels' sources; cache_bytes: the last-level cache; device: the kind of kernels it runs.
     sheet: its name in `profilers.datasheets.DATASHEETS`, "" where it has none there. Of a machine that is not here: table, where its
     stored table lies; sister, sister_table: a device of its generation with a table, from which what its own lacks is transferred;
-    label: how trustworthy its latencies are at best.
+    label: how trustworthy its latencies are at best. facts: of a machine that is here, what `fingerprint` is the digest of.
     """
 
     name: str
@@ -57,6 +63,7 @@ class Target:
     sister: str = ""
     sister_table: Path | None = None
     label: Label = "measured"
+    facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,7 +87,9 @@ def local_cpu(threads: int | None = None) -> Target:
         "cores": cores,
         "threads": n_threads,
         "torch": torch.__version__,
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT) and k not in _NO_MATTER},
+        "environment": {
+            k: v for k, v in sorted(os.environ.items()) if v and k.startswith(_ENVIRONMENT) and k not in _NO_MATTER
+        },
     }
     return Target(
         name="cpu",
@@ -93,6 +102,7 @@ def local_cpu(threads: int | None = None) -> Target:
         fingerprint=digest_of(facts),
         description=f"{model}, {cores} cores, {n_threads} thread{'s' if n_threads > 1 else ''}, torch {torch.__version__}",
         cache_bytes=max((size for level, size in caches.items() if level != "L1"), default=32 << 20),
+        facts=facts,
     )
 
 
@@ -125,6 +135,7 @@ def local_cuda() -> Target | None:
         cache_bytes=int(getattr(properties, "L2_cache_size", 0)) or int((sheet.l2 if sheet else 40) * 2**20),
         device="cuda",
         sheet=sheet.name if sheet else "",
+        facts=facts,
     )
 
 
@@ -138,6 +149,42 @@ def cuda_capabilities(capability: tuple[int, int]) -> frozenset[str]:
 def digest_of(facts: object) -> str:
     """A fingerprint: 16 hex digits of the SHA-256 of JSON-serialisable facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any], places: tuple[str, str] = ("there", "here")) -> list[str]:
+    """What two set-ups differ in, by their facts: `torch 2.9.0 there, 2.13.0 here`; empty where one of them is not known."""
+    if not first or not second:
+        return []
+    one, two = _flat(first), _flat(second)
+    found = []
+    for name in dict.fromkeys([*one, *two]):
+        a, b = one.get(name, "not set"), two.get(name, "not set")
+        if isinstance(a, list) and isinstance(b, list) and a != b:
+            alone = [
+                f"{' '.join(own)} only {place}"
+                for own, place in zip((_without(a, b), _without(b, a)), places, strict=True)
+                if own
+            ]
+            found.append(f"{name} {', '.join(alone)}")
+        elif a != b:
+            found.append(f"{name} {a} {places[0]}, {b} {places[1]}")
+    return found
+
+
+def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts with those of `caches` and `environment` beside the others; a number is the same as its text."""
+    found: dict[str, Any] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key} cache" if name == "caches" else key: str(own) for key, own in value.items()}
+        else:
+            found[name] = [str(item) for item in value] if isinstance(value, list | tuple) else str(value)
+    return found
+
+
+def _without(a: list[str], b: list[str]) -> list[str]:
+    """The first few of `a` that are not in `b`."""
+    return [item for item in a if item not in b][:8]
 
 
 def memory_bytes() -> int:

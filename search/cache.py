@@ -19,8 +19,10 @@ KINDS: Mapping[str, str] = {
     "models": "GGUF models, converted",
     "tables": "measured kernel times of this machine",
     "pace": "the best pace of this machine's cores",
+    "maps": "whole-model latency maps of this machine",
     "generated": "text that models wrote themselves",
     "rotations": "rotations that were learned",
+    "materialized": "finished blocks of checkpoints that `search materialize` has not finished",
     "kernels": "compiled kernels",
 }
 """The folders of the cache and what they hold."""
@@ -218,11 +220,22 @@ def _pace(path: Path) -> str:
     return "" if math.isfinite(kept_in(path)[0]) else "it does not say how fast the machine was; it is measured again"
 
 
+def _map(path: Path) -> str:
+    from search.files import Steps
+
+    whole = Steps(path.parent).get(path.stem, path.stem) is not None
+    return "" if whole else "it is damaged; it is measured again"
+
+
 _CHECKS: Mapping[str, Callable[[Path], str]] = {
     "models": _model,
     "tables": _table,
     "pace": _pace,
+    "maps": _map,
     "generated": _tensors,
     "rotations": _tensors,
+    "materialized": lambda folder: next(
+        (problem for file in sorted(folder.rglob("*.safetensors")) if (problem := _edit(file))), ""
+    ),
     "kernels": _compiled,
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import os
 import sys
 import warnings
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from profilers.workload import LENGTHS
 from search import machines
 from search.config import ConfigError, add_flags, check_range, default_cache, from_arguments
-from search.endings import Parser, Terminated, Version, ended_by, stopped_by_term
+from search.endings import Parser, Terminated, Version, ended_by, interrupted, stopped_by_term
+from search.files import plain
 
 if TYPE_CHECKING:
     from search.results import Answer
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stopped_by_term():
             return int(parsed.command(parsed))
     except KeyboardInterrupt as stop:
-        sys.stderr.write("interrupted; everything finished so far is kept, the same command goes on from there\n")
+        sys.stderr.write(interrupted(parsed.name_of_command))
         return 143 if isinstance(stop, Terminated) else 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,12 +69,16 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, parents=[common])
-        sub.set_defaults(command=run)
+        sub.set_defaults(command=run, name_of_command=name)
         return sub
 
     run = command("run", _run, "search, validate and export a policy for a latency objective")
     add_flags(run)
-    run.add_argument("--dry-run", action="store_true", help="show the space and the expected cost, measure and compute nothing")
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the space, time, memory and feasibility; compute, convert and measure nothing",
+    )
     run.add_argument("--quiet", action="store_true", help="no progress on stderr")
     show = command("show", _show, "the measured policies of a study")
     show.add_argument("study", help="the study's folder")
@@ -103,7 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--cache", default="", help="cache folder")
     cache.add_argument("--verify", action="store_true", help="read and check everything")
     cache.add_argument(
-        "--clear", default="", metavar="KIND", help="delete models, tables, generated, rotations, kernels, pace or all"
+        "--clear",
+        default="",
+        metavar="KIND",
+        help="delete models, tables, maps, generated, rotations, materialized, kernels, pace or all",
     )
     cache.add_argument("--results", default="results", help="folder of the studies whose banks count [results]")
     cache.add_argument(
@@ -145,8 +152,7 @@ def _run(arguments: argparse.Namespace) -> int:
     try:
         answer = run_study(config, progress)
     except KeyboardInterrupt:
-        if progress.best:
-            progress.say(f"{progress.best}; nothing was validated yet")
+        progress.say(progress.best and f"{progress.best}; nothing was validated yet")
         raise
     _print_answer(config.folder, answer, arguments.json)
     return 0 if answer.verdict in ("met", "unvalidated") else 1
@@ -154,7 +160,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _print(value: dict[str, Any] | list[Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(_plain(value), indent=1))
+        print(json.dumps(plain(value), indent=1))
     elif isinstance(value, dict):
         for name, text in value.items():
             print(f"{name}: {text}")
@@ -163,33 +169,18 @@ def _print(value: dict[str, Any] | list[Any], as_json: bool) -> None:
             print(row)
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no nan."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
 def _print_answer(folder: Path, answer: Answer, as_json: bool) -> None:
     from search.report.content import answer as words
-    from search.results import json_rows, saved_report, text_table
+    from search.report.terminal import measured_text, wrapped
+    from search.results import json_rows, saved_report
 
     data = saved_report(folder, answer.objective)
-    entries = data.measured
     if as_json:
-        print(json.dumps(_plain({"answer": answer.to_json(), "measured": json_rows(entries), "folder": str(folder)}), indent=1))
+        told = {"answer": answer.to_json(), "measured": json_rows(data.measured), "folder": str(folder)}
+        print(json.dumps(plain(told), indent=1))
         return
-    print(text_table(entries))
-    print()
-    for sentence in words(data):
-        print(sentence)
-    for note in data.notes:
-        print(f"note: {note}")
-    print(f"report: {folder / 'report.html'}")
+    said = [*words(data), *(f"note: {note}" for note in data.notes)]
+    print(f"{measured_text(data)}\n\n{wrapped(said)}\nreport: {folder / 'report.html'}")
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -208,7 +199,7 @@ def _frontier(arguments: argparse.Namespace) -> int:
     if arguments.out:
         write_picture(data, Path(arguments.out))
     if arguments.json:
-        print(json.dumps(_plain(json_rows(data.measured)), indent=1))
+        print(json.dumps(plain(json_rows(data.measured)), indent=1))
     else:
         sys.stdout.write(csv_text([entry.candidate for entry in data.measured]))
     return 0
@@ -240,7 +231,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     if arguments.out:
         write_comparison(studies, Path(arguments.out))
     if arguments.json:
-        print(json.dumps(_plain({"policies": table.json(), "cautions": notes}), indent=1))
+        print(json.dumps(plain({"policies": table.json(), "cautions": notes}), indent=1))
         return 0
     print(table.text())
     for note in notes:
@@ -268,7 +259,7 @@ def _runtimes(arguments: argparse.Namespace) -> int:
 def _printed(run: Callable[[argparse.Namespace], machines.Shown]) -> machines.Run:
     def command(arguments: argparse.Namespace) -> int:
         found = run(arguments)
-        print(json.dumps(_plain(found.value), indent=1) if arguments.json else found.text)
+        print(json.dumps(plain(found.value), indent=1) if arguments.json else found.text)
         return found.status
 
     return command
@@ -300,7 +291,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     )
     check_same(session, prepared)
     result = explain(folder, answer, session, prepared, arguments.by, arguments.layer)
-    print(json.dumps(_plain(asdict(result)), indent=1) if arguments.json else text(result))
+    print(json.dumps(plain(asdict(result)), indent=1) if arguments.json else text(result))
     return 0
 
 
@@ -333,7 +324,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     folder, threads = _checkpoint(Path(arguments.checkpoint)), arguments.threads or None
     result = generate(folder, arguments.prompt, arguments.tokens, threads, arguments.on)
     if arguments.json:
-        print(json.dumps(_plain(vars(result)), indent=1))
+        print(json.dumps(plain(vars(result)), indent=1))
     else:
         print(arguments.prompt + result.text)
         sys.stderr.write(f"{result.n_tokens} tokens, {result.ms_per_token:.1f} ms each ({result.kernels})\n")
@@ -388,7 +379,7 @@ def _export(arguments: argparse.Namespace) -> int:
         answer = saved_answer(folder, arguments.objective)
         path, check = export_study(folder, answer, arguments.format, out, Progress(), arguments.candidate or "best")
     if arguments.json:
-        print(json.dumps(_plain({"folder": str(path), **vars(check)}), indent=1))
+        print(json.dumps(plain({"folder": str(path), **vars(check)}), indent=1))
     else:
         print(f"{path}: {check.summary}")
     return 0

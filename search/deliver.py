@@ -103,8 +103,13 @@ def export_formats(config: RunConfig) -> tuple[str, ...]:
     return config.export or ((own,) if own in EXPORTERS else ("dense",))
 
 
-def export_answer(session: Session, name: str, file: Any, edits: Mapping[str, Any], folder: Path, required: bool) -> Any:
-    """Export, load back in the stock runtime and compare; where it was not `required`, a refusal is only reported."""
+def export_answer(
+    session: Session, name: str, file: Any, edits: Mapping[str, Any], folder: Path, required: bool, ids: Tensor | None = None
+) -> Any:
+    """Export, load back in the stock runtime and compare; where it was not `required`, a refusal is only reported.
+
+    ids: (b, t) token ids to compare on; by default the report text's first sequence.
+    """
     from search.evaluate import Switch
     from search.export.registry import exporter
 
@@ -122,7 +127,8 @@ def export_answer(session: Session, name: str, file: Any, edits: Mapping[str, An
     switch: Switch = session.switch
     switch.edits(edits)
     with session.progress.busy(f"loading the {name} export back"):
-        check = module.verify(folder, session.model, compared(session.corpora["report"].tokens))
+        tokens = compared(session.corpora["report"].tokens) if ids is None else ids
+        check = module.verify(folder, session.model, tokens)
     switch.dense()
     if not check.ok:
         raise ValueError(f"export {folder}: what stock runtimes load is not what was evaluated: {check.message}")

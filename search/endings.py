@@ -66,6 +66,16 @@ def stopped_by_term() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+GOING_ON = ("run", "profile", "materialize")
+"""The commands that keep what they finished, and go on from there when they are given again."""
+
+
+def interrupted(command: str) -> str:
+    """What is said of a command that a signal ended."""
+    kept = "; everything finished so far is kept, the same command goes on from there" if command in GOING_ON else ""
+    return f"interrupted{kept}\n"
+
+
 def ended_by(error: Exception, debug: bool) -> int:
     """Says on stderr what ended a command; 2 where it was asked for something that cannot be done, 3 where this program is at fault.
 

@@ -42,3 +42,11 @@ def _revision(folder: Path) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def busy(target: Target, cache: Path) -> str:
+    """A warning, before anything is timed, that the machine is not quiet, and why that is worth knowing; "" where it is."""
+    from profilers.doctor import disturbances
+
+    why = "; ".join(f"{finding.name}: {finding.detail}" for finding in disturbances(target, cache))
+    return f"warning: this machine is busy, so that timings take longer and may not count as met: {why}" if why else ""

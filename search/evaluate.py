@@ -25,11 +25,15 @@ _CHUNK = 128
 
 @dataclass(frozen=True)
 class Quality:
-    """Per sequence: mean KL divergence from the dense model and mean negative log-likelihood, both in nats per token."""
+    """Per sequence: mean KL divergence from the dense model and mean negative log-likelihood, both in nats per token.
+
+    same_each: the share of positions with the dense model's likeliest token; empty where that is not known.
+    """
 
     kl_each: tuple[float, ...]
     nll_each: tuple[float, ...]
     n_tokens: int
+    same_each: tuple[float, ...] = ()
 
     @property
     def kl(self) -> float:
@@ -40,6 +44,11 @@ class Quality:
     def kl_stderr(self) -> float:
         """Standard error of `kl` over sequences; nan for fewer than two."""
         return stderr(self.kl_each)
+
+    @property
+    def top1(self) -> float:
+        """Share of positions with the dense model's likeliest token; nan where it is not known."""
+        return sum(self.same_each) / len(self.same_each) if self.same_each else math.nan
 
     @property
     def perplexity(self) -> float:
@@ -106,7 +115,7 @@ class Evaluator:
         self.tokens = tokens
         self._switch, self._model, self._structure = switch, switch.model, switch.structure
         self._dense_hidden: list[Tensor] = []
-        self._done: dict[str, list[tuple[float, float]]] = {}
+        self._done: dict[str, list[tuple[float, float, float]]] = {}
 
     def evaluate(
         self, policy: Policy, n_sequences: int | None = None, progress: Callable[[int, int], None] | None = None
@@ -134,7 +143,7 @@ class Evaluator:
         """Take over the KL of sequences that an earlier process evaluated, in order; their likelihood stays unknown (nan)."""
         done = self._done.setdefault(policy.key(), [])
         if len(kl_each) > len(done):
-            self._done[policy.key()] = [(kl, math.nan) for kl in kl_each]
+            self._done[policy.key()] = [(kl, math.nan, math.nan) for kl in kl_each]
 
     def evaluate_edits(
         self, edits: Mapping[str, Edit], progress: Callable[[int, int], None] | None = None, n_sequences: int | None = None
@@ -165,8 +174,9 @@ class Evaluator:
             result.append(self._compare(index, lambda part, logits=logits: logits[part]))  # type: ignore[misc]
         return self._quality(result)
 
-    def _quality(self, done: Sequence[tuple[float, float]]) -> Quality:
-        return Quality(tuple(kl for kl, _ in done), tuple(nll for _, nll in done), len(done) * self.tokens.shape[1])
+    def _quality(self, done: Sequence[tuple[float, float, float]]) -> Quality:
+        kl, nll, same = zip(*done, strict=True)
+        return Quality(kl, nll, len(done) * self.tokens.shape[1], same)
 
     def _need_dense(self, n: int) -> None:
         if len(self._dense_hidden) >= n:
@@ -176,7 +186,7 @@ class Evaluator:
             for index in range(len(self._dense_hidden), n):
                 self._dense_hidden.append(final_hidden(self._model, self.tokens[index : index + 1])[0])
 
-    def _sequence(self, index: int) -> tuple[float, float]:
+    def _sequence(self, index: int) -> tuple[float, float, float]:
         with torch.inference_mode():
             hidden = final_hidden(self._model, self.tokens[index : index + 1])[0]
             found = self._compare(index, lambda part: project(self._model, self._structure, hidden[part]))
@@ -185,21 +195,23 @@ class Evaluator:
             raise NotFinite(f"the model computes NaN or infinity from {where} on")
         return found
 
-    def _compare(self, index: int, logits_of: Callable[[slice], Tensor]) -> tuple[float, float]:
-        """(KL from dense, negative log-likelihood), means over the sequence's positions and targets."""
+    def _compare(self, index: int, logits_of: Callable[[slice], Tensor]) -> tuple[float, float, float]:
+        """(KL from dense, negative log-likelihood, share of dense's likeliest tokens), means over the sequence's positions and targets."""
         ids = self.tokens[index]
         kl = nll = 0.0
+        same = 0
         with torch.inference_mode():
             for part in _parts(len(ids)):
                 q, p = logits_of(part), project(self._model, self._structure, self._dense_hidden[index][part])
                 norm_q, norm_p = q.logsumexp(-1), p.logsumexp(-1)
                 targets = ids[part.start + 1 : part.stop + 1]
                 nll += float((norm_q[: len(targets)] - q[: len(targets)].gather(-1, targets[:, None])[:, 0]).double().sum())
+                same += int((p.argmax(-1) == q.argmax(-1)).sum())
                 # sum_v p (log p - log q), with the norms taken out so that the vocabulary is passed over as seldom as possible
                 difference = p - q
                 weighted = p.sub_(norm_p[:, None]).exp_().mul_(difference).sum(-1)
                 kl += float((weighted - norm_p + norm_q).double().sum())
-        return kl / len(ids), nll / (len(ids) - 1)
+        return kl / len(ids), nll / (len(ids) - 1), same / len(ids)
 
 
 def first_not_finite(model: nn.Module, structure: Structure, tokens: Tensor) -> str:

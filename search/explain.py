@@ -184,7 +184,7 @@ def text(explanation: Explanation) -> str:
         Column("name", "choices"),
         Column("formats", "formats"),
         Column("kl", "KL it costs, measured", "nats/token", 3),
-        Column("stderr", "±", "", 1),
+        Column("stderr", "± standard error", "", 1),
         Column("share", "of all", "%", 2),
         Column("predicted", "KL, predicted", "nats/token", 3),
         Column("ms", f"time it saves, {timing}", "ms", 3),

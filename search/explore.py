@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from methods.policy import Policy
+from methods.policy import DENSE, Policy
 from predictors.features import ChoiceFacts, Features, SiteFacts
 from predictors.loss import Record, fit_loss
 from search.budget import Budget
@@ -172,7 +172,13 @@ def short_name(name: str, prepared: Prepared) -> str:
     for fmt, found in labels.items():
         if len(found) == 1:
             name = re.sub(rf"{re.escape(next(iter(found)))}(?![\w-])", fmt, name)
-    return name
+    return re.sub(rf"(?<![\w-]){re.escape(DENSE.label)}(?![\w-])", prepared.sites[0].options[0].format, name)
+
+
+def mix_name(policy: Policy, prepared: Prepared) -> str:
+    """What a searched policy is called: its two commonest formats by sites, and a part of its key: `74 w4a8-g64 + 46 w8a8-token #3fa2`."""
+    mix = [f"{count} {fmt}" for fmt, count in prepared.mix(policy).items()]
+    return f"{' + '.join([*mix[:2], *(['…'] if len(mix) > 2 else [])])} #{policy.key()[:4]}"
 
 
 def explore(
@@ -193,7 +199,10 @@ def explore(
     """
     search, features = _Search(prepared, truth, budget_ms, progress), features_of(prepared)
     presets = sorted(simple_policies(prepared, budget_ms), key=lambda preset: _promise(preset, prepared, budget_ms))
-    must = [("solver", solution.policy, False), *((preset.name, preset.policy, True) for preset in presets)]
+    must = [
+        (mix_name(solution.policy, prepared), solution.policy, False),
+        *((preset.name, preset.policy, True) for preset in presets),
+    ]
     total = len(must) + config.evaluations
     strategy = Refine(
         prepared.problem,
@@ -204,11 +213,12 @@ def explore(
         depth=prepared.depth,
         seed=config.seed,
     )
+    before_now = truth.n_new
     with progress.bar("true evaluations") as update:
         for index, candidate in enumerate(must):
             if index < N_CERTAIN or not truth.budget.spent():
                 strategy.tell([search.evaluate(*candidate)])
-            update(index + 1, total)
+            update(index + 1, total, index + 1 - (truth.n_new - before_now))
         proposed = 0
         while proposed < config.evaluations and not truth.budget.spent():
             policies = strategy.ask(min(BATCH, config.evaluations - proposed))
@@ -218,8 +228,9 @@ def explore(
                 if truth.budget.spent():
                     break
                 proposed += 1
-                strategy.tell([search.evaluate(f"refined {policy.key()[:6]}", policy, False)])
-                update(len(must) + proposed, total)
+                strategy.tell([search.evaluate(mix_name(policy, prepared), policy, False)])
+                done = len(must) + proposed
+                update(done, total, done - (truth.n_new - before_now))
     return search.promoted(config.finalists)
 
 
@@ -243,7 +254,7 @@ class _Search:
         if self._fits(policy) and quality.kl < self._best:
             self._best = quality.kl
             ms = self._prepared.map.predict(self._prepared.sum_ms(policy)).mean
-            self._progress.best = f"best so far: {name}, KL {quality.kl:.3g}, {ms:.4g} ms predicted"
+            self._progress.best = f"best so far: {name}, KL {quality.kl:.3g}, {ms:.4g} ms modelled"
         stderr = 0.0 if np.isnan(quality.kl_stderr) else quality.kl_stderr
         return Evaluated(policy, quality.kl, stderr, quality.n_tokens, self._prepared.sum_ms(policy))
 
@@ -266,14 +277,14 @@ class _Search:
             )
         by_kl = sorted(fitting, key=lambda item: item.quality.kl)
         chosen = [item for item in by_kl if not item.simple][: n_finalists + 2] + [item for item in by_kl if item.simple][:2]
-        ranked = []
+        ranked, before_now = [], self._truth.n_new
         with self._progress.bar("promoted candidates") as update:
             for index, item in enumerate(chosen):
                 if self._truth.budget.spent():
                     return [item for item in by_kl if item in chosen]
                 quality = self._truth.quality(item.name, item.policy, self._truth.n_sequences)
                 ranked += [replace(item, quality=quality)] if np.isfinite(quality.kl) else []
-                update(index + 1, len(chosen))
+                update(index + 1, len(chosen), index + 1 - (self._truth.n_new - before_now))
         return sorted(ranked, key=lambda item: item.quality.kl)
 
     def _fits(self, policy: Policy) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -108,3 +109,14 @@ class Steps:
     def put(self, name: str, key: str, value: Any) -> None:
         """Keep a step's value."""
         write_text(self.folder / f"{name}.json", json.dumps({"key": key, "value": value}, indent=1))
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: without nan and infinities, keys as text, lists for tuples."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value

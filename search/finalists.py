@@ -67,7 +67,7 @@ class Finalist:
     round; contended, slowed: what `profilers.end_to_end.Measurement` says, in any workload; met: everything that was asked for, the
     main objective first; meets: all of it; kl…: on the validation text, per sequence in kl_each; recompressed: its weights were made
     in order on the compressed prefix, plain_kl is that of the others; report_…: on the report text, perplexity nan where the model
-    wrote that text itself.
+    wrote that text itself, report_top1 the share of positions with the dense model's likeliest token.
     """
 
     name: str
@@ -96,6 +96,7 @@ class Finalist:
     tasks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     label: Label = "measured"
     met: tuple[Met, ...] = ()
+    report_top1: float = math.nan
 
     def __post_init__(self) -> None:
         if not self.lo_ms <= self.latency_ms <= self.hi_ms:
@@ -321,7 +322,8 @@ class Judge:
                     return asdict(Quality((math.inf,) * n, (math.inf,) * n, evaluator.tokens.numel()))
 
         found = session.steps.made(f"{role}-{key}", key, compute)
-        return Quality(tuple(found["kl_each"]), tuple(found["nll_each"]), found["n_tokens"])
+        kl, nll = tuple(found["kl_each"]), tuple(found["nll_each"])
+        return Quality(kl, nll, found["n_tokens"], tuple(found.get("same_each", ())))
 
     def validate(self, finalist: Finalist) -> Finalist:
         """With the KL of the bank's weights on the validation text."""
@@ -337,26 +339,27 @@ class Judge:
         again = self._quality("validate", "validating it recompressed", policy, True, lambda: self.recompressed(policy))
         return _judged(finalist, again, recompressed=True) if again.kl < finalist.kl else finalist
 
-    def recompressed(self, policy: Policy) -> dict[str, Edit]:
+    def recompressed(self, policy: Policy) -> Edits:
         """The policy's weights made in order, kept in the study."""
         bank = ordered_bank(self._session, policy)
         return compress_in_order(self._session, policy, bank, "recompressing in order")
 
-    def edits(self, finalist: Finalist) -> dict[str, Edit]:
+    def edits(self, finalist: Finalist) -> Edits:
         """The weights that were judged: these are materialised and exported."""
         return self.recompressed(finalist.policy) if finalist.recompressed else self._session.edits(finalist.policy)
 
     def report(self, finalist: Finalist) -> Finalist:
         """With KL and perplexity on the report text."""
         generated = self._session.corpora["report"].generated
-        if generated and not finalist.policy.sites:
-            return replace(finalist, report_kl=0.0, report_kl_stderr=0.0)
         title, policy = f"report text: {finalist.name}", finalist.policy
+        if generated and not policy.sites:
+            return replace(finalist, report_kl=0.0, report_kl_stderr=0.0, report_top1=1.0)
         quality = self._quality("report", title, policy, finalist.recompressed, lambda: self.edits(finalist))
         return replace(
             finalist,
             report_kl=max(quality.kl, 0.0),
             report_kl_stderr=quality.kl_stderr,
+            report_top1=quality.top1,
             perplexity=math.nan if generated else quality.perplexity,
         )
 

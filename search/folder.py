@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,8 +76,8 @@ class Busy(ConfigError):
 def open_study(config: RunConfig) -> Iterator[Path]:
     """The study's folder with its resolved configuration, held against other runs until the block ends.
 
-    What killed runs left unfinished in it is removed. Raises ConfigError where the path is something else or the study is about something
-    else, `Busy` where another run holds it.
+    What killed runs left unfinished in it is removed, and a new folder where an error ends the block before anything else lies in it.
+    Raises ConfigError where the path is something else or the study is about something else, `Busy` where another run holds it.
     """
     folder = config.folder
     if folder.exists() and not folder.is_dir():
@@ -85,6 +86,7 @@ def open_study(config: RunConfig) -> Iterator[Path]:
         raise ConfigError(f"{folder} holds something that is no study; choose another --study or --results")
     if (folder / "config.toml").exists():
         _check_saved(config, folder)
+    new = not (folder / "config.toml").exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / LOCK).touch()
@@ -93,7 +95,12 @@ def open_study(config: RunConfig) -> Iterator[Path]:
     with held(folder):
         remove_abandoned(folder)
         save_config(config)
-        yield folder
+        try:
+            yield folder
+        except Exception:
+            if new and {path.name for path in folder.iterdir()} <= {"config.toml", LOCK}:
+                shutil.rmtree(folder)  # what was asked for was refused: there is no study
+            raise
 
 
 def save_config(config: RunConfig) -> None:
@@ -202,17 +209,32 @@ def _stat(path: Path) -> list[Any]:
 
 
 def check_same(session: Session, prepared: Prepared) -> None:
-    """Raises ConfigError where the study was prepared for another model or device."""
+    """Raises ConfigError where the study was prepared for another model or device, and says in what the devices differ."""
+    check_model(session, prepared)
+    if session.target.fingerprint == prepared.target["fingerprint"]:
+        return
+    from profilers.target import differences
+
+    apart = "; ".join(differences(prepared.target.get("facts") or {}, session.target.facts))
+    raise ConfigError(
+        f"{session.config.folder}: measured on another device or set-up ({prepared.target['description']}, fingerprint "
+        f"{prepared.target['fingerprint']}; here {session.target.fingerprint}{f', which differs in {apart}' if apart else ''}); choose "
+        f"another --study{', or make that equal' if apart else ''}"
+    )
+
+
+def check_model(session: Session, prepared: Prepared) -> None:
+    """Raises ConfigError where the study was prepared for another model: what needs its weights alone needs no device."""
     if session.loaded.digest != prepared.model["digest"]:
         raise ConfigError(
             f"{session.config.folder}: a study of another model ({prepared.model['label']}, digest {prepared.model['digest']}; here "
             f"{session.loaded.digest}); choose another --study"
         )
-    if session.target.fingerprint != prepared.target["fingerprint"]:
-        raise ConfigError(
-            f"{session.config.folder}: measured on another device or set-up ({prepared.target['description']}, fingerprint "
-            f"{prepared.target['fingerprint']}; here {session.target.fingerprint}); choose another --study"
-        )
+
+
+def has_store(config: RunConfig) -> bool:
+    """Whether the study's evaluations may lie somewhere already."""
+    return bool(config.store) or (config.folder / "study.db").exists()
 
 
 def open_store(session: Session) -> Store:

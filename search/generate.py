@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from methods import checkpoint, policy_file
-from methods.catalogue import model_method
+from methods.bank import Bank
+from methods.catalogue import REVISION, model_method
 from methods.formats.numerics import payload_bits
 from methods.formats.sides import plain
 from methods.kv.format import CacheFormat
@@ -32,10 +34,10 @@ from profilers.sweep import torch_threads
 from profilers.table import LatencyTable
 from profilers.target import Target
 from search.config import ConfigError, RunConfig, default_cache
-from search.files import check_new_folder, check_place
+from search.files import check_new_folder, check_place, content_key
 from search.finalists import Judge
 from search.fit import continuation_notes
-from search.in_order import compress_in_order, ordered_bank, stored
+from search.in_order import compress_in_order, needs_order, ordered_bank, stored
 from search.progress import Progress
 from search.results import BEST, Answer, measured_policy, saved_config, saved_prepared
 from search.room import check_written
@@ -162,7 +164,8 @@ def materialize(policy: Path, out: Path, config: RunConfig, study: Path | None, 
     """Turn a policy file into a checkpoint.
 
     With a study, the weights that it judged are used, bit for bit; otherwise sites are compressed here, calibrated on `config`'s text, and
-    in order on the compressed prefix. Simulated methods are as good as any here.
+    in order on the compressed prefix; blocks are kept in the cache until the checkpoint is written, and an interrupted call goes on from
+    them. Simulated methods are as good as any here.
     """
     check_new_folder(out, "--out")
     if study is not None:
@@ -184,8 +187,12 @@ def materialize(policy: Path, out: Path, config: RunConfig, study: Path | None, 
         raise ConfigError(
             f"{study}: its --transform {config.transform} is not that of {policy}; leave --study out to compress here"
         )
+    if study is not None:
+        session.calibration = saved_prepared(study).data["calibrate"]["sha256"]
     edits = _from_study(session, file) if study is not None else _compressed(session, file.policy)
     checkpoint.write(out, session.loaded, file, edits)
+    if study is None:
+        shutil.rmtree(_unfinished(session, file.policy), ignore_errors=True)
 
 
 def cache_format(policy: Policy, structure: Structure) -> CacheFormat | None:
@@ -205,7 +212,7 @@ def cache_format(policy: Policy, structure: Structure) -> CacheFormat | None:
     return fmt
 
 
-def _compressed(session: Session, policy: Policy) -> dict[str, Edit]:
+def _compressed(session: Session, policy: Policy) -> Mapping[str, Edit]:
     """The policy's edits made in order, with a line of progress for every block."""
     structure, progress = session.loaded.structure, session.progress
     began = time.monotonic()
@@ -216,10 +223,18 @@ def _compressed(session: Session, policy: Policy) -> dict[str, Edit]:
         what = f"{len(edits)} sites, {bits / weights:.2f} bits a weight" if weights else "dense"
         progress.say(f"block {block + 1} of {len(structure.blocks)}: {what}, {time.monotonic() - began:.0f} s")
 
-    return compress_in_order(session, policy, None, "compressing", finished)
+    folder = _unfinished(session, policy)
+    return compress_in_order(session, policy, Bank(folder), "compressing", finished)
 
 
-def _from_study(session: Session, file: policy_file.PolicyFile) -> dict[str, Edit]:
+def _unfinished(session: Session, policy: Policy) -> Path:
+    """Where finished blocks of a checkpoint lie until it is written, so that an interrupted command goes on from there."""
+    text = session.calibration if needs_order(policy) else ""
+    key = content_key(session.loaded.digest, text, policy.key(), session.config.seed, REVISION)
+    return session.config.cache_folder / "materialized" / key
+
+
+def _from_study(session: Session, file: policy_file.PolicyFile) -> Mapping[str, Edit]:
     sites = Policy(file.policy.sites)
     bank = ordered_bank(session, sites) if file.weights_algo.get("in_order") else session.bank
     try:
@@ -233,10 +248,12 @@ def export_study(
 ) -> tuple[Path, Any]:
     """Export a study's answer; returns the folder and what loading it back showed. Refuses what the format cannot express.
 
+    Needs the study and its model, not the device that it was searched for.
     wanted: `best`, or another measured policy: its name, or its row in the table of `search show`, counted from 1.
     """
     from search.deliver import checkpoint_folder, export_answer, policy_file_of
-    from search.folder import check_same
+    from search.export.standalone import sample_tokens
+    from search.folder import check_model
 
     if out is not None:
         check_place(out, "--out", folder=True)
@@ -244,11 +261,13 @@ def export_study(
     config = replace(saved_config(folder), study=folder.name, results=str(folder.parent))
     session = Session(config, progress)
     prepared = saved_prepared(folder)
-    check_same(session, prepared)
+    check_model(session, prepared)
+    session.calibration = prepared.data["calibrate"]["sha256"]
     place = checkpoint_folder(folder, item)
     try:
         edits = checkpoint.read(place).edits if place.exists() else Judge(session, prepared).edits(item)
     except KeyError as error:
         raise ConfigError(f"{error.args[0]}; repeat the study's `search run`, which makes it again") from None
     path = out or folder / "exports" / name / place.name
-    return path, export_answer(session, name, policy_file_of(session, prepared, item, source), edits, path, required=True)
+    file = policy_file_of(session, prepared, item, source)
+    return path, export_answer(session, name, file, edits, path, True, sample_tokens(session.stored))

@@ -11,6 +11,7 @@ import numpy as np
 from methods.model.structure import Structure
 from methods.policy import Policy
 from predictors.assumed import AssumedMap
+from predictors.intervals import Interval
 from predictors.latency import LatencyModel
 from search.config import ConfigError
 from search.objectives import ByteLimit, Objective, Objectives
@@ -123,6 +124,12 @@ def reached_ms(prepared: Prepared, objective: Objective, policy: Policy) -> tupl
     indices = prepared.problem.indices(policy)
     ms = map_.predict(sum(float(own[j]) for own, j in zip(costs, indices, strict=True)))
     return ms.mean, ms.lo, ms.hi, dense_ms
+
+
+def fastest_ms(prepared: Prepared, objective: Objective) -> tuple[Interval, float]:
+    """Modelled median step of the fastest legal policy in an objective's workload, whatever else is asked for, and the dense model's."""
+    map_, costs, dense_ms, _ = _cost(prepared, objective)
+    return map_.predict(float(sum(own.min() for own in costs))), dense_ms
 
 
 def reached_bytes(prepared: Prepared, kind: str, policy: Policy) -> int:

@@ -217,7 +217,7 @@ _LEGEND = (
 
 
 def listing() -> str:
-    """All methods by class, two lines each, at most `WIDTH` characters wide."""
+    """All methods by class: a line of parts, one of what it does and one of formats, at most `WIDTH` characters wide."""
     lines = []
     everything = rows()
     for family in dict.fromkeys(row["class"] for row in everything):
@@ -229,8 +229,8 @@ def listing() -> str:
             needs = f"needs {', '.join(row['needs'])}" if row["needs"] else ""
             source = (MODEL_METHODS.get(row["name"]) or METHODS[row["name"]]).source
             published = f"{source.ref}, {source.year}" if source.year else ""
-            text = "; ".join(filter(None, (row["bits"], needs, published)))
-            lines += textwrap.wrap(text, WIDTH, initial_indent=" " * 28, subsequent_indent=" " * 28)
+            for text in (row["summary"], "; ".join(filter(None, (row["bits"], needs, published)))):
+                lines += textwrap.wrap(text, WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 4)
     lines += ["", *textwrap.wrap(_LEGEND, WIDTH)]
     return "\n".join(lines[1:])
 

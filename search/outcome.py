@@ -12,7 +12,7 @@ from spaces.runtimes import runtime
 if TYPE_CHECKING:
     from predictors.loss import PredictorReport
     from search.explore import Truth
-    from search.finalists import Finalist
+    from search.finalists import Finalist, Met
     from search.report.content import Verdict
     from search.session import Session
 
@@ -103,3 +103,20 @@ def search_notes(truth: Truth) -> list[str]:
     notes = [f"the search ended early, {truth.budget.spent()} being used up: an answer from what was known by then"]
     failed = [f"{len(truth.failed)} evaluation(s) failed: {next(iter(truth.failed.values()))}"] if truth.failed else []
     return (notes if truth.budget.spent() else []) + failed
+
+
+def told_of(
+    finalist: Finalist, asked: Sequence[Met], objective: str, main_limit_ms: float | None
+) -> tuple[tuple[str, bool | None], ...]:
+    """By what was asked for, whether a policy meets it.
+
+    asked: of a policy that was measured for it; objective: its text where that says nothing, as in earlier versions; main_limit_ms: where
+    the policy was measured for something else, so that of the times only the main one is known of it.
+    """
+    names = [met.name for met in asked] or [objective]
+    texts = [name.partition(" (")[0] for name in names]  # the workload only where the same is asked of several
+    shown = [name if texts.count(text) > 1 else text for name, text in zip(names, texts, strict=True)]
+    known: list[bool | None] = [met.met for met in finalist.met] or [finalist.meets]
+    if main_limit_ms is not None:
+        known = [finalist.hi_ms <= main_limit_ms, *([None] * (len(names) - 1))]
+    return tuple(zip(shown, known, strict=True))

@@ -22,10 +22,12 @@ from search.data import Corpus
 from search.differencing import Differenced
 from search.files import Steps, content_key
 from search.limits import check_faster
+from search.maps import kept_maps
 from search.prepared import Prepared, SiteOptions, TextFacts, WorkloadCost
 from search.pricing import label_of, price, priced_sites
+from search.reach import kernels_alone, reachable
 from search.session import Session, all_threads
-from search.whole_model import whole_model
+from search.whole_model import Fit
 
 PROBES = 4
 PROBE_SEQUENCES = 8
@@ -36,33 +38,45 @@ SCORES = 2
 
 def prepare(session: Session, steps: Steps, key: str) -> Prepared:
     """All steps, each taken from the study where it was done before; `key` is that of the study."""
-    began = time.monotonic()
+    began, step = time.monotonic(), session.progress.step
+    step("latency table")
     table = price(session)
     priced_s = time.monotonic() - began
     costs = priced_sites(session, table)
-    sites, workloads = costs[0], session.config.workloads
-    check_faster(session.config.objectives, sites, session.target.name)
-    map_key = content_key(key, session.target.fingerprint)
-    fits = steps.made(
-        "latency-map",
-        map_key,
-        lambda: [whole_model(session, table, own, workload) for own, workload in zip(costs, workloads, strict=True)],
-    )
-    fit, label = fits[0], label_of(session, table, fits)
+    check_faster(session.config.objectives, costs[0], session.target.name)
+    for warning in kernels_alone(costs, session.config):
+        session.progress.say(warning)
+    step("whole-model map")
+    fits = kept_maps(session, steps, table, costs, content_key(key, session.target.fingerprint))
+    unscored = priced(session, table, costs, fits)
     mapped_s = time.monotonic() - began - priced_s
+    session.progress.say(reachable(unscored, session.config))
+    step("text")
     corpora = session.corpora
     text_s = time.monotonic() - began - priced_s - mapped_s
-    decisions = decisions_of(sites)
+    decisions = decisions_of(unscored.sites)
+    step("calibration")
     calibrate(session, decisions)
     calibrated_s = time.monotonic() - began - priced_s - mapped_s - text_s
     texts = (corpora["search"].sha256, corpora["calibrate"].sha256)
     score_key = content_key(session.loaded.digest, *texts, session.config.seed, PROBES, PROBE_LENGTH, SCORES)
+    step("sensitivities")
     scores = kept_scores(session, steps, score_key, decisions)
     scored_s = time.monotonic() - began - priced_s - mapped_s - text_s - calibrated_s
-    loaded = session.loaded
+    return replace(
+        unscored,
+        sites=tuple(_scored(site, scores) for site in unscored.sites),
+        data={role: _text_facts(corpus) for role, corpus in corpora.items()},
+        seconds={"table": priced_s, "map": mapped_s, "text": text_s, "calibration": calibrated_s, "scores": scored_s},
+    )
+
+
+def priced(session: Session, table: LatencyTable, costs: Sequence[tuple[SiteOptions, ...]], fits: Sequence[Fit]) -> Prepared:
+    """The study before its texts: every price is known, no loss is."""
+    fit, sites, workloads, loaded = fits[0], costs[0], session.config.workloads, session.loaded
     site_bytes = sum(site.options[0].size_bytes for site in sites)
     return Prepared(
-        sites=tuple(_scored(site, scores, fit["scales"]) for site in sites),
+        sites=tuple(_scaled(site, fit["scales"]) for site in sites),
         latency=fit["map"],
         dense_ms=tuple(fit["dense_ms"]),
         dense_name=fit["dense_name"],
@@ -80,18 +94,18 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
             "name": session.target.name,
             "description": session.target.description,
             "fingerprint": session.target.fingerprint,
+            "facts": dict(session.target.facts),
             "threads": session.target.threads,
             "compute_dtype": session.target.compute_dtype,
         },
-        data={role: _text_facts(corpus) for role, corpus in corpora.items()},
+        data={},
         notes=(*session.fit_notes, *session.space.notes, *_doubts(session, table, fits)),
         tail=fit["tail"],
         checked=_checked(fit),
         also=tuple(map(_also, costs[1:], fits[1:], workloads[1:])),
         kv_bytes=cache_bytes(session),
         workload=workloads[0].name,
-        label=label,
-        seconds={"table": priced_s, "map": mapped_s, "text": text_s, "calibration": calibrated_s, "scores": scored_s},
+        label=label_of(session, table, fits),
     )
 
 
@@ -157,6 +171,7 @@ def calibrate(session: Session, decisions: Decisions) -> None:
     session.progress.say(
         f"calibrating on {session.corpora['calibrate'].tokens.numel()} tokens, {n_missing} compressed sites to make"
     )
+    visited: list[int] = []
     with session.progress.bar("calibration") as update, all_threads():
 
         def visit(block: int, stats: Mapping[str, Stats]) -> None:
@@ -165,7 +180,9 @@ def calibrate(session: Session, decisions: Decisions) -> None:
                 edits = catalogue.apply_many(view, stats, missing[site.name])
                 for decision, edit in zip(missing[site.name], edits, strict=True):
                     session.bank.put(site.name, decision, session.held(edit))
-            update(block + 1, len(structure.blocks))
+            visited.append(block)
+            done = len(structure.blocks) - len(todo) + len(visited)
+            update(done, len(structure.blocks), len(structure.blocks) - len(todo))
 
         sweep(session.model, structure, batches, needs, visit, skip=lambda block: block not in todo, dense=True)
 
@@ -213,12 +230,16 @@ def score_choices(session: Session, decisions: Decisions) -> dict[str, Any]:
     return {"kl": scores.kl, "stderr": scores.stderr}
 
 
-def _scored(site: SiteOptions, scores: Mapping[str, Any], scales: Mapping[str, float]) -> SiteOptions:
-    """The site with predicted losses, and with kernel times as they count in a whole model."""
+def _scaled(site: SiteOptions, scales: Mapping[str, float]) -> SiteOptions:
+    """The site with kernel times as they count in a whole model."""
+    return replace(site, options=tuple(replace(o, model_ms=o.ms * scales.get(o.kernel, 1.0)) for o in site.options))
+
+
+def _scored(site: SiteOptions, scores: Mapping[str, Any]) -> SiteOptions:
+    """The site with predicted losses."""
     kl, stderr = scores["kl"][site.name], scores["stderr"][site.name]
-    options = []
-    for option in site.options:
-        model_ms = option.ms * scales.get(option.kernel, 1.0)
-        loss = {} if option.label == DENSE.label else {"loss": kl[option.label], "loss_stderr": stderr[option.label]}
-        options.append(replace(option, model_ms=model_ms, **loss))
+    options = (
+        option if option.label == DENSE.label else replace(option, loss=kl[option.label], loss_stderr=stderr[option.label])
+        for option in site.options
+    )
     return replace(site, options=tuple(options))

@@ -112,6 +112,7 @@ class TargetFacts(TypedDict):
     fingerprint: str
     threads: int
     compute_dtype: NotRequired[str]
+    facts: NotRequired[Mapping[str, Any]]
 
 
 class TextFacts(TypedDict):
@@ -268,6 +269,16 @@ class Prepared:
             name = self.option(site.name, policy.at(site.name)[0]).format
             counts[name] = counts.get(name, 0) + 1
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def by_format(policy: Policy) -> Policy:
+    """The policy with plain rounding to the same formats in place of its methods: what its speed depends on."""
+    return Policy(
+        {
+            site: tuple(d if d == DENSE else Decision.of("rtn", format=str(d.knob("format"))) for d in decisions)
+            for site, decisions in policy.sites.items()
+        }
+    )
 
 
 def is_mixed(prepared: Prepared, policy: Policy) -> bool:

@@ -6,14 +6,21 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Protocol, TextIO
 
 _EVERY_S = 0.2
 _QUIET_EVERY_S = 15.0
 _SHORT_S = 2.0
 """What takes no longer leaves no line."""
+
+
+class Update(Protocol):
+    """Says how far something is."""
+
+    def __call__(self, done: int, total: int, kept: int = 0) -> None:
+        """kept: of those done, what an earlier process did: it took no time in this one, and says nothing of the time left."""
 
 
 class Progress:
@@ -28,7 +35,21 @@ class Progress:
         self._start = time.monotonic()
         self._live = self._stream.isatty()
         self._drawn = False
+        self._plan: Sequence[str] = ()
+        self._at = ""
         self.best = ""
+
+    def follow(self, plan: Sequence[str]) -> None:
+        """The steps that lie ahead, by name and in order, for `step`."""
+        self._plan, self._at = plan, ""
+
+    def step(self, name: str) -> None:
+        """One of the plan's steps begins: a line with its place and what still follows; none where it had begun."""
+        if name not in self._plan or name == self._at:
+            return
+        self._at, place = name, self._plan.index(name)
+        rest = self._plan[place + 1 :]
+        self.say(f"step {place + 1} of {len(self._plan)}: {name}" + (f"; then {', '.join(rest)}" if rest else ""))
 
     def say(self, text: str) -> None:
         """One line, with the time since the start; none where there is nothing to say."""
@@ -40,19 +61,20 @@ class Progress:
         self._stream.flush()
 
     @contextmanager
-    def bar(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        """A function (done, total) that shows how far `name` is; a closing line says how long it took."""
+    def bar(self, name: str) -> Iterator[Update]:
+        """A function (done, total, kept) that shows how far `name` is; a closing line says how long it took."""
         begun = time.monotonic()
         last = [begun]
 
-        def update(done: int, total: int) -> None:
+        def update(done: int, total: int, kept: int = 0) -> None:
             now = time.monotonic()
             if self._quiet or now - last[0] < (_EVERY_S if self._live else _QUIET_EVERY_S):
                 return
             last[0] = now
-            left = (now - begun) / max(done, 1) * (total - done)
+            new = done - kept
+            left = f", {_clock((now - begun) / new * (total - done))} left" if new > 0 else ""
             best = f"; {self.best}" if self.best else ""
-            self._draw(f"  {name}: {done}/{total}, {_clock(left)} left{best}")
+            self._draw(f"  {name}: {done}/{total}{left}{best}")
 
         with self._closed(name, begun):
             yield update

@@ -78,7 +78,7 @@ def _flag(objectives: Objectives, name: str) -> str:
 
 def _unreachable(prepared: Prepared, objective: Objective, limit: tuple[str, Any, float]) -> str:
     fastest = prepared.map.predict(prepared.problem.fastest_ms)
-    known = "predicted from measured runs" if prepared.label == "measured" else prepared.label
+    known = "modelled from measured runs" if prepared.label == "measured" else prepared.label
     asked = f"{objective.flag} ({median_limit(prepared, objective):.3g} ms) cannot be met on {prepared.target['name']}"
     ask = f"Ask for {reachable(prepared, objective, fastest.mean if isinstance(prepared.map, AssumedMap) else fastest.hi)}."
     if all(len(site.options) == 1 for site in prepared.sites):
@@ -92,13 +92,13 @@ def _unreachable(prepared: Prepared, objective: Objective, limit: tuple[str, Any
 
 
 def describe_solution(prepared: Prepared, found: Resolved, config: RunConfig) -> str:
-    """The solver's answer in a line, all of it predicted."""
+    """The solver's answer in a line: latency is modelled, loss predicted."""
     ms = prepared.map.predict(found.solution.latency_ms)
     open_ = (
         "; the map leaves open whether that is reached: it will be measured" if ms.mean > found.limit_ms * (1 + 1e-9) else ""
     )
     mix = ", ".join(f"{count} {name}" for name, count in prepared.mix(found.solution.policy).items())
     return (
-        f"solved for {found.limit_ms:.4g} ms: predicted {ms.mean:.4g} ms [{ms.lo:.4g}, {ms.hi:.4g}], KL {found.solution.loss:.3g} nats "
-        f"({mix}); 1 ms more buys {found.solution.shadow_price:.2g} nats{open_}"
+        f"solved for {found.limit_ms:.4g} ms: modelled {ms.mean:.4g} ms [{ms.lo:.4g}, {ms.hi:.4g}], predicted KL "
+        f"{found.solution.loss:.3g} nats ({mix}); 1 ms more buys {found.solution.shadow_price:.2g} nats{open_}"
     )

@@ -21,9 +21,10 @@ from search.finalists import DENSE_NAME, POLICIES, Finalist, Met
 from search.frontier import Candidate, Fidelity, frontier, write_csv
 from search.limits import reached_ms, under
 from search.objectives import Objective, Objectives, file_name
-from search.prepared import WAY_OUT, Prepared, WorkloadCost
+from search.outcome import told_of
+from search.prepared import WAY_OUT, Prepared, WorkloadCost, by_format
 from search.report import content
-from search.report.content import DataUse, Entry, Guard, LatencyFit, ReportData, Verdict
+from search.report.content import TOP1, DataUse, Entry, Guard, LatencyFit, ReportData, Verdict
 from search.report.honesty import Pair
 from search.report.limits import BUYS, limits, shares, slopes
 from search.report.page import write_page
@@ -197,7 +198,9 @@ def measured_entries(folder: Path, answer: Answer, workloads: Sequence[Workload]
                 group = "chosen"
             else:
                 group = "baseline" if finalist.simple else "search"
-            entries[finalist.policy.key()] = Entry(candidate(finalist), group, rescaled=source is not answer)
+            elsewhere = source is not answer
+            met = told_of(finalist, answer.finalists[0].met, answer.objective, answer.limit_ms if elsewhere else None)
+            entries[finalist.policy.key()] = Entry(candidate(finalist), group, elsewhere, met)
     result = list(entries.values())
     if answer.best is not None and not answer.best.policy.sites:
         result.append(Entry(replace(candidate(answer.best), name="dense, the answer"), "chosen"))
@@ -212,6 +215,7 @@ def _rescaled(finalist: Finalist, dense_ms: float) -> Finalist:
 def candidate(finalist: Finalist) -> Candidate:
     """A finalist as a candidate, its quality on the report text: measured, or a proxy where its latency is of a target that is not here."""
     scores = {} if math.isnan(finalist.perplexity) else {"perplexity": finalist.perplexity}
+    scores |= {} if math.isnan(finalist.report_top1) else {TOP1: finalist.report_top1}
     scores |= {f"{task} {metric}": value for task, found in finalist.tasks.items() for metric, value in found.items()}
     return Candidate(
         policy=finalist.policy,
@@ -271,7 +275,7 @@ def latency_pairs(
             own = found.setdefault(time.workload.name, {})
             fitted = fitted_on(prepared, time.workload.name)
             for item in source.finalists:
-                unseen = item.policy.sites and item.policy.key() not in fitted
+                unseen = item.policy.sites and not {item.policy.key(), by_format(item.policy).key()} & fitted
                 if item.label == "measured" and unseen and prepared.covers(item.policy):
                     mean, lo, hi, dense = reached_ms(prepared, time, item.policy)
                     # Of a finalist whose other times nobody kept, as before there were several, only the main one is known.
@@ -281,7 +285,7 @@ def latency_pairs(
 
 
 def fitted_on(prepared: Prepared, workload: str) -> set[str]:
-    """Keys of the policies that a workload's map was fitted on."""
+    """Keys of the policies that a workload's map was fitted on, by their formats; in earlier versions by their methods too."""
     other = [cost.map for cost in prepared.also if cost.workload == workload]
     return {run.policy_key for run in (other[0] if other else prepared.map).runs}
 
@@ -372,11 +376,6 @@ def guard(answer: Answer) -> Guard | None:
 
 def _amount(name: str, value: float) -> str:
     return f"{value:.0f} s" if name.endswith("time") else f"{value:g}"
-
-
-def text_table(entries: Sequence[Entry]) -> str:
-    """The measured table for the terminal, the fastest first."""
-    return candidate_table(sorted(entries, key=_by_latency)).text()
 
 
 def json_rows(entries: Sequence[Entry]) -> list[dict[str, object]]:

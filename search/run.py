@@ -14,9 +14,19 @@ from profilers.cores import check_threads
 from search.budget import Budget
 from search.config import ConfigError, RunConfig, device_folders
 from search.deliver import deliver, policy_text
-from search.environment import environment
+from search.environment import busy, environment
 from search.files import Steps, content_key
-from search.folder import check_places, check_same, keep_prepared, kept_prepared, open_store, open_study, save_config, study_key
+from search.folder import (
+    check_places,
+    check_same,
+    has_store,
+    keep_prepared,
+    kept_prepared,
+    open_store,
+    open_study,
+    save_config,
+    study_key,
+)
 from search.limits import binding, check_bytes, tightened, under
 from search.objectives import Objective
 from search.outcome import notes_of, predictor_report, search_notes, verdict
@@ -33,6 +43,10 @@ if TYPE_CHECKING:
     from search.results import Answer
     from search.session import Session
     from search.study import Store
+
+PREPARING = ("latency table", "whole-model map", "text", "calibration", "sensitivities")
+SEARCHING = ("search", "finalists", "judgement", "export")
+"""What a run does, in the words of its progress."""
 
 ATTEMPTS = 3
 """Times that a missed objective is tightened and solved again before the run says that it cannot be met."""
@@ -64,7 +78,11 @@ def run_study(
         key = study_key(config)
         session: Session | None = None
         prepared = kept_prepared(steps, key, config)
+        progress.follow((*PREPARING, *SEARCHING) if prepared is None else SEARCHING)
         if prepared is None:
+            from search.foresee import refuse_early
+
+            refuse_early(config)
             session = _session(config, progress)
             prepared = prepare_study(session, steps, key)
         config = settled(config, prepared, progress)
@@ -134,6 +152,7 @@ def _session(config: RunConfig, progress: Progress) -> Session:
             raise ConfigError(f"--tasks: {session.stored.source} has no tokenizer; leave --tasks out or add tokenizer.json")
         with progress.busy("loading the tasks"):
             load_tasks(tasks)
+    progress.say(busy(session.target, config.cache_folder))
     return session
 
 
@@ -142,12 +161,13 @@ def prepare_study(session: Session, steps: Steps, key: str) -> Prepared:
     from search.prepare import cache_bytes, prepare
     from search.pricing import check_priced
 
-    # What cannot be searched is refused before the model writes text or anything is measured.
+    # What cannot be searched is refused before any text is read or anything is measured; a new store can be no stranger's.
     asked, structure = session.config.objectives, session.loaded.structure
     _ = session.fit_notes
     check_bytes(asked, structure, session.space, session.dense_format.bits, cache_bytes(session))
     check_priced(session)
-    open_store(session)
+    if has_store(session.config):
+        open_store(session)
     steps.put("environment", key, environment(session.target))
     prepared = prepare(session, steps, key)
     keep_prepared(steps, key, session.config, prepared)
@@ -173,9 +193,11 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
         found = anchor(session, prepared, table, found, objective)
     finalists: list[Finalist] = []
     for attempt in range(ATTEMPTS):
+        session.progress.step("search")
         ranked = explore(
             prepared, truth, store, found.solution, found.budget_ms, config, session.progress, _begun(session, store, found)
         )
+        session.progress.step("finalists")
         finalists = _measure(session, prepared, table, ranked, truth)
         searched = [item for item in finalists if not item.simple]
         if any(item.meets for item in searched) or attempt == ATTEMPTS - 1 or not session.target.present:
@@ -184,6 +206,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
         if again is None:
             break
         prepared, found = again
+    session.progress.step("judgement")
     judge = Judge(session, prepared)
     finalists = [judge.validate(item) if item.meets else item for item in finalists]
     chosen, simple, difference = choose(finalists, config.max_kl)
@@ -227,6 +250,7 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
         notes=(*notes_of(session, prepared, finalists, chosen, simple, config), *search_notes(truth), *failed),
     )
     texts = {policy_name(item, answer): policy_text(session, prepared, item, answer) for item in finalists if item.policy.sites}
+    session.progress.step("export")
     with session.progress.busy("writing the report"):
         save(folder, answer, prepared, config, texts)
     if answer.best is not None and answer.best.policy.sites:
@@ -253,14 +277,14 @@ def anchor(session: Session, prepared: Prepared, table: Any, found: Resolved, ob
     Near one policy the map's error is nearly constant, so that one whole-model run takes most of it away, and its interval with it.
     """
     from search.evaluate import Quality
-    from search.explore import Ranked
+    from search.explore import Ranked, mix_name
     from search.finalists import measure
 
     policy = found.solution.policy
     if not policy.sites or policy.canonical() == Policy().canonical():
         return found
     unknown = Quality((0.0,), (0.0,), 0)
-    _, run = measure(session, prepared, table, [Ranked("solver", policy, unknown, False)])
+    _, run = measure(session, prepared, table, [Ranked(mix_name(policy, prepared), policy, unknown, False)])
     measured, upper = (run.ratio, run.ratio_hi) if objective.relative else (run.latency_ms, run.hi_ms)
     scale = prepared.dense_ms[0] if objective.relative else 1.0
     bias = measured * scale / run.predicted_ms
@@ -273,7 +297,7 @@ def anchor(session: Session, prepared: Prepared, table: Any, found: Resolved, ob
     except Infeasible:
         return found  # what else is asked for leaves no room for the correction; the finalists' measurement decides
     session.progress.say(
-        f"its solution measured: {measured * scale:.4g} ms where {run.predicted_ms:.4g} were predicted; solved again: "
+        f"its solution measured: {measured * scale:.4g} ms where {run.predicted_ms:.4g} were modelled; solved again: "
         f"KL {result.solution.loss:.3g} nats predicted"
     )
     return result

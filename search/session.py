@@ -12,7 +12,7 @@ import torch
 
 from methods import catalogue
 from methods.apply import site_view
-from methods.bank import Bank
+from methods.bank import Bank, Kept
 from methods.formats.format import Format, parse_format
 from methods.formats.halves import in_halves
 from methods.method import Edit
@@ -29,7 +29,7 @@ from profilers.kv_cache import new_cache
 from profilers.resolution import resolve
 from profilers.runtime import Runtime
 from profilers.table import KernelKey, LatencyTable
-from profilers.target import Target, local_cpu
+from profilers.target import Target, TargetError, local_cpu
 from profilers.workload import Workload
 from search.config import RunConfig, device_folders
 from search.data import ROLES, Corpus, generate_tokens, parse_sources, roles_from_text, roles_from_tokens
@@ -191,11 +191,23 @@ class Session:
         def make() -> dict[str, Tensor]:
             self.progress.say(f"the model writes {n_sequences} sequences of {length} tokens itself (kept for later runs)")
             with self.progress.bar("writing text") as update, all_threads():
-                here = self.target if self.target.present else local_cpu()
-                writer = Runtime(self.stored.model, self.stored.structure, here).materialize({})
+                writer = Runtime(self.stored.model, self.stored.structure, self._machine()).materialize({})
                 return {"tokens": generate_tokens(writer, new_cache, n_sequences, length, self.config.seed, update)}
 
         return kept_tensors(path, make, self.progress.say)["tokens"]
+
+    def _machine(self) -> Target:
+        """What writes text: the target where it is here, else this machine's CPU."""
+        try:
+            target = self.target
+        except TargetError:
+            return local_cpu()
+        return target if target.present else local_cpu()
+
+    @cached_property
+    def calibration(self) -> str:
+        """Hash of the calibration text; what a study used is set where the text itself is not needed again."""
+        return self.corpora["calibrate"].sha256
 
     @cached_property
     def bank(self) -> Bank:
@@ -205,9 +217,7 @@ class Session:
     @cached_property
     def bank_folder(self) -> Path:
         """Named by model, calibration text and the methods' revision, so that a changed one finds another bank."""
-        return (
-            self.config.folder / "bank" / content_key(self.loaded.digest, self.corpora["calibrate"].sha256, catalogue.REVISION)
-        )
+        return self.config.folder / "bank" / content_key(self.loaded.digest, self.calibration, catalogue.REVISION)
 
     def held(self, edit: Edit) -> Edit:
         """An edit as the files of the study's runtime hold it: what they would round is rounded before it is judged."""
@@ -225,10 +235,10 @@ class Session:
         """What installs policies into the model."""
         return Switch(self.model, self.loaded.structure, self.edit)
 
-    def edits(self, policy: Policy) -> dict[str, Edit]:
-        """The edits of all sites that a policy compresses."""
+    def edits(self, policy: Policy) -> Mapping[str, Edit]:
+        """The edits of all sites that a policy compresses, each read from the bank when it is asked for."""
         sites = [site.name for site in self.loaded.structure.sites]
-        return {site: self.edit(site, policy.at(site)[0]) for site in sites if policy.at(site)[0] != DENSE}
+        return Kept(self.bank, {site: policy.at(site)[0] for site in sites if policy.at(site)[0] != DENSE})
 
     def norm_of(self, site: Site) -> Any:
         """The norm that a scale at this site would fold into, or None."""

@@ -26,7 +26,7 @@ from profilers.timer import Timing, quantile
 from profilers.workload import Workload
 from search.config import ConfigError
 from search.differencing import difference
-from search.prepared import SiteOptions
+from search.prepared import SiteOptions, by_format
 from search.session import Session
 
 MIXED_RUNS = 16
@@ -230,7 +230,7 @@ def _run(sites: Sequence[SiteOptions], policy: Policy, ms: tuple[float, float, f
     options = {(site.name, option.label): option for site in sites for option in site.options}
     taken = [options[site.name, policy.at(site.name)[0].label] for site in sites]
     parts = {kernel: sum(o.ms for o in taken if o.kernel == kernel) for kernel in {o.kernel for o in options.values()}}
-    return Run(policy.key(), sum(o.ms for o in taken), *ms, features=parts)
+    return Run(by_format(policy).key(), sum(o.ms for o in taken), *ms, features=parts)
 
 
 def assume_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions], workload: Workload) -> Fit:

@@ -245,6 +245,11 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+def tiny_config(arch: str) -> Any:
+    """The configuration of `tiny_model`."""
+    return _CONFIGS[arch]()
+
+
 def tiny_model(arch: str, seed: int = 0, *, stock: bool = False) -> Any:
     """A random model in fp32, eval mode, without gradients; norms and biases are random too, so that no test passes on ones.
 

@@ -6,7 +6,7 @@ The one place where sizes that may differ from block to block are read: whoever 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from methods.model.experts import UnsupportedModel
+from methods.model.trace import blind
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def heads(model: Any, ids: Tensor, logits: Tensor, n_blocks: int) -> Heads:
         raise UnsupportedModel(
             f"{name}: num_attention_heads={n_heads} is no single number; only blocks that are alike are understood"
         )
+    if logits.is_meta:  # sizes alone
+        return Heads(n_heads, *_kept(name, _sized(model, ids.to("meta"), n_blocks)))
     _check_causal(model, ids, logits)
     n_kv_heads, head_dim = _kept(name, _filled(model, ids, logits, n_blocks))
     return Heads(n_heads, n_kv_heads, head_dim)
@@ -101,6 +104,20 @@ def _filled(model: Any, ids: Tensor, logits: Tensor, n_blocks: int) -> Sequence[
         )
     layers: Sequence[Any] = cache.layers
     return layers
+
+
+def _sized(model: Any, ids: Tensor, n_blocks: int) -> Sequence[Any]:
+    """The layers of the cache that a model without memory fills, which have sizes and no values."""
+    from transformers import DynamicCache
+
+    def filled(given: Mapping[str, Tensor]) -> Sequence[Any]:
+        cache: Any = DynamicCache(config=model.config)
+        _check_kinds(type(model).__name__, cache.layers, n_blocks)
+        model(input_ids=ids, past_key_values=cache, use_cache=True, **given)
+        layers: Sequence[Any] = cache.layers
+        return layers
+
+    return blind(ids, filled)
 
 
 def _check_causal(model: Any, ids: Tensor, logits: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -72,7 +72,7 @@ def describe(model: Any, dtype: str = "bf16") -> Structure:
         sites=sites,
         head=head,
         embedding=embedding,
-        tied=head_weight.data_ptr() == embedding_weight.data_ptr(),
+        tied=head_weight is embedding_weight or 0 != head_weight.data_ptr() == embedding_weight.data_ptr(),
         d_model=seen.width,
         n_vocab=seen.logits.shape[-1],
         n_heads=attention.n_heads,
@@ -256,6 +256,8 @@ def _with_norms(model: Any, sites: tuple[Site, ...], seen: Trace) -> tuple[Site,
         if norm and readers[address] == names and _is_affine(model, norm):
             candidates[site.name] = (norm, names)
     ids = probe_tokens(seen.logits.shape[-1])
+    if seen.logits.is_meta:  # nothing to test with: what looks like it folds is taken to
+        return tuple(replace(s, norm=candidates[s.name][0]) if s.name in candidates else s for s in sites)
     order = sorted(candidates, key=lambda name: name.rpartition(".")[2])
     agreed = set(_bisect(model, ids, seen, candidates, order))
     return tuple(

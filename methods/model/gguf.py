@@ -81,6 +81,24 @@ def convert(path: Path, cache: Path, log: Callable[[str], None]) -> Path:
     return folder
 
 
+def gguf_configuration(path: Path) -> tuple[Any, str]:
+    """Configuration of transformers and weight dtype of a GGUF file, from its header alone; raises UnreadableGGUF as `convert` does."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    header = read_header(path)
+    description = read_description(header)
+    try:
+        with quiet():
+            config = AutoConfig.for_model(**description.settings)
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        raise UnreadableGGUF(
+            f"{path}: transformers cannot read this GGUF as a causal language model ({first_line(error)})"
+        ) from error
+    kinds = Counter(tensor.kind for tensor in header.tensors.values() if len(tensor.shape) > 1)
+    return config, "bf16" if not kinds or set(kinds) - FLOATS else DTYPES[kinds.most_common(1)[0][0]]
+
+
 def _off_grid(model: Any, structure: Structure, kinds: Mapping[str, str]) -> list[str]:
     grids = detect_grids(model, structure, kinds)
     if not grids:

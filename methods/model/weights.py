@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 
 import torch
@@ -59,6 +60,17 @@ def is_norm_like(module: nn.Module) -> bool:
     return childless and "weight" in own and set(own) <= {"weight", "bias"} and all(p.dim() == 1 for p in own.values())
 
 
+def with_values(module: nn.Module) -> nn.Module:
+    """The module; of one without memory (on the device `meta`) a copy on the CPU with values that are made up."""
+    if not any(parameter.is_meta for parameter in module.parameters()):
+        return module
+    copied = copy.deepcopy(module).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in copied.parameters():
+        parameter.requires_grad_(False).normal_(generator=generator)
+    return copied
+
+
 @torch.no_grad()
 def norm_view(model: nn.Module, name: str) -> NormView:
     """The norm at path `name` as `y = normalise(x) * (weight + unit_offset) + bias`; weight and bias are the live tensors.
@@ -66,7 +78,7 @@ def norm_view(model: nn.Module, name: str) -> NormView:
     The offset (1 for Gemma, 0 elsewhere) is measured: the norm runs on random rows with gains of zero, one and its own.
     Raises ValueError where the module does not follow that equation.
     """
-    module = model.get_submodule(name)
+    module = with_values(model.get_submodule(name))
     if not is_norm_like(module):
         raise ValueError(f"{name}: {type(module).__name__} has no per-channel weight, so it is no norm that a scale folds into")
     weight = module.get_parameter("weight").detach()

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from methods.hadamard import random_orthogonal
 from methods.model.structure import LayerSpec, Structure
 from methods.model.trace import Trace, probe_tokens, trace
-from methods.model.weights import is_norm_like, is_transposed, norm_view
+from methods.model.weights import is_norm_like, is_transposed, norm_view, with_values
 
 
 class RotationRefused(ValueError):
@@ -119,7 +119,7 @@ def _check_norm(model: nn.Module, name: str) -> None:
         view = norm_view(model, name)
     except ValueError as error:
         raise RotationRefused(f"{name} is not understood, so its gain cannot be fused: {error}") from None
-    module, width = model.get_submodule(name), view.weight.numel()
+    module, width = with_values(model.get_submodule(name)), view.weight.numel()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, width, generator=generator, dtype=torch.float64) + 1.0
     q = random_orthogonal(width, generator)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import ctypes
 import functools
 import hashlib
@@ -10,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -57,12 +60,27 @@ def compiler() -> str | None:
     return None
 
 
+_PLANNING = contextvars.ContextVar("planning", default=False)
+
+
+@contextlib.contextmanager
+def planning() -> Iterator[None]:
+    """Inside, kernels are taken to compile wherever there is a compiler, and nothing is compiled: none of them can be called."""
+    token = _PLANNING.set(True)
+    try:
+        yield
+    finally:
+        _PLANNING.reset(token)
+
+
 def library(isa: Isa = "native") -> ctypes.CDLL:
-    """The compiled kernels; raises NoCompiler, at once where they could not be built before.
+    """The compiled kernels; raises NoCompiler, at once where they could not be built before. While `planning`, a library without them.
 
     OpenMP symbols are left to torch's own copy first: two thread pools would spin against each other. Then with the compiler's own
     OpenMP, then without.
     """
+    if _PLANNING.get() and compiler() is not None:
+        return ctypes.CDLL(None)
     found = _loaded(isa)
     if isinstance(found, str):
         raise NoCompiler(found)

@@ -24,7 +24,7 @@ from methods.policy_file import PolicyFile
 from search.export import folder as output
 from search.export import gptq_tensors, loading
 from search.export.serving import transformers_entry, vllm_entries
-from search.export.verification import Verification, compare, read_config, stock, storage_dtype
+from search.export.verification import EXACT, Verification, compare, read_config, stock, storage_dtype
 
 if TYPE_CHECKING:
     from methods.model.load import LoadedModel
@@ -123,7 +123,7 @@ def _serve(structure: Structure, formats: Mapping[str, Format]) -> dict[str, Any
 def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
     """Decodes the written tensors, then loads the folder with transformers and auto-round; both have to give the evaluated weights.
 
-    `reference`, `ids`: as in `search.export.compressed_tensors.verify`. The loss is within 1e-3 nats per token.
+    `reference`, `ids`: as in `search.export.compressed_tensors.verify`. Predictions have to be `EXACT`.
     """
     return verify_packed(folder, reference, ids, from_config(read_config(folder).get("quantization_config", {})))
 
@@ -144,5 +144,5 @@ def verify_packed(folder: Path, reference: Any, ids: Tensor, formats: Mapping[st
         return torch.nn.Module.float(model), {**info, "unexpected_keys": unexpected}
 
     found = gptq_tensors.damage(folder, reference, formats)
-    result = compare(folder, reference, ids, list(formats), 1e-3, load, gptq_tensors.runtime_weights)
+    result = compare(folder, reference, ids, list(formats), EXACT, load, gptq_tensors.runtime_weights)
     return replace(result, ok=False, message=f"{found}; {result.message}") if found else result

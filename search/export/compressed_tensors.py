@@ -25,7 +25,7 @@ from methods.policy_file import PolicyFile
 from search.export import experts, loading
 from search.export import folder as output
 from search.export.serving import transformers_entry, vllm_entries
-from search.export.verification import Verification, compare, read_config, storage_dtype
+from search.export.verification import EXACT, REROUTED, ROUNDED, Verification, compare, read_config, storage_dtype
 
 if TYPE_CHECKING:
     from methods.model.load import LoadedModel
@@ -182,19 +182,19 @@ def _serve(structure: Structure, formats: Mapping[str, Format]) -> dict[str, Any
 
 
 def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
-    """Loads the folder with transformers and compressed-tensors, and compares every weight and the loss with the reference's.
+    """Loads the folder with transformers and compressed-tensors, and compares every weight and prediction with the reference's.
 
-    reference: the fp32 model with the edits installed; ids: (b, t) token ids. Weights have to be equal bit for bit; the loss within
-    1e-3 nats per token, or 0.03 with 8-bit activations, which each engine rounds in its own way. Experts, which transformers decodes to
-    the checkpoint's dtype, have to be equal to the reference's rounded to it, and the stored codes have to decode to them without
-    rounding. Nothing runs faster here: transformers decompresses at the first forward pass.
+    reference: the fp32 model with the edits installed; ids: (b, t) token ids. Weights have to be equal bit for bit, the predictions
+    `EXACT`, or `ROUNDED` with 8-bit activations, which each engine rounds in its own way. Experts, which transformers decodes to the
+    checkpoint's dtype, have to be equal to the reference's rounded to it, and the stored codes have to decode to them without rounding.
+    Nothing runs faster here: transformers decompresses at the first forward pass.
     """
     if importlib.util.find_spec("compressed_tensors") is None:
         raise ValueError(
             "verifying a compressed-tensors export needs the package compressed-tensors; pip install 'isolatency[export]'"
         )
     formats = from_config(read_config(folder).get("quantization_config", {}))
-    tolerance = 0.03 if any(fmt.act_bits == 8 for fmt in formats.values()) else 1e-3
+    tolerance = ROUNDED if any(fmt.act_bits == 8 for fmt in formats.values()) else EXACT
     packed = {fmt for target, fmt in formats.items() if target.startswith("re:")}
     if not packed:
         return compare(folder, reference, ids, list(formats), tolerance)
@@ -202,6 +202,5 @@ def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
     rounded = dict.fromkeys(experts.fused_names(reference), DTYPES[storage_dtype(folder)])
     dense = set(output.uncompressed(reference, formats))
     linears = [name for name, module in reference.named_modules() if isinstance(module, torch.nn.Linear) and name not in dense]
-    # Rounding may send a token to another expert.
-    result = compare(folder, reference, ids, linears, 0.03, rounded=rounded)
+    result = compare(folder, reference, ids, linears, REROUTED, rounded=rounded)
     return replace(result, ok=False, message=f"{found}; {result.message}") if found else result

@@ -23,7 +23,7 @@ from methods.policy_file import PolicyFile
 from search.export import folder as output
 from search.export.experts import checkpoint_state
 from search.export.serving import transformers_entry
-from search.export.verification import Verification, compare, policy_formats
+from search.export.verification import EXACT, UNJUDGED, Verification, compare, policy_formats
 
 if TYPE_CHECKING:
     from methods.model.load import LoadedModel
@@ -81,8 +81,8 @@ def _losses(edits: Mapping[str, Edit], structure: Structure, dtype: str) -> list
 def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
     """Loads the folder with transformers and compares; `reference`, `ids` as in `search.export.compressed_tensors.verify`.
 
-    Weights have to be equal bit for bit. The loss is judged, at 1e-3 nats per token, only where no rounding of activations was lost.
+    Weights have to be equal bit for bit. What it predicts is judged, as exact, only where no rounding of activations was lost.
     """
     lost = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
-    tolerance = float("inf") if any(loss["lost"] == "activations" for loss in lost) else 1e-3
+    tolerance = UNJUDGED if any(loss["lost"] == "activations" for loss in lost) else EXACT
     return compare(folder, reference, ids, list(policy_formats(folder, describe(reference))), tolerance)

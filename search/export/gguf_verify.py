@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,10 @@ from methods.model.quiet import quiet
 from methods.model.structure import Structure
 from search.export.gguf_layout import MODEL, family, names, row_order
 from search.export.llama_cpp import LlamaCpp, LlamaCppRefusal, installed
-from search.export.verification import Verification, compare, nll, policy_formats, stock
+from search.export.verification import EXACT, Tolerance, Verification, compare, nll, policy_formats, predictions, stock
 
-TRANSFORMERS_TOLERANCE = 5e-3
-LLAMA_TOLERANCE = 0.03
-"""Nats per token: llama.cpp rounds inputs to 8 bits in blocks, keys and values to fp16, and sums in another order."""
+LLAMA = Tolerance(0.03, 0.01)
+"""llama.cpp rounds inputs to 8 bits in blocks, keys and values to fp16, and sums in another order."""
 LLAMA_TOKENS = 48
 """How many tokens of the text llama.cpp predicts, at most."""
 
@@ -45,7 +45,7 @@ def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
         return Verification(float("inf"), float("nan"), float("nan"), 0, False, "; ".join(problems))
     linears = list(policy_formats(folder, structure))
     with inputs_alone(reference):
-        check = compare(folder, reference, ids, linears, TRANSFORMERS_TOLERANCE, load=_load)
+        check = compare(folder, reference, ids, linears, EXACT, load=_load)
     problems = [] if check.ok else [check.message]
     probes = _probes(folder)
     problems += _transformers_tokens(folder, probes)
@@ -123,23 +123,42 @@ def _with_llama_cpp(
     folder: Path, reference: Any, ids: Tensor, probes: Mapping[str, list[int]], check: Verification, problems: list[str]
 ) -> Verification:
     """The outcome with what llama.cpp computes; ids: (t,)."""
-    expected, given = nll(reference, ids[None]), [int(index) for index in ids]
-    found = float("nan")
+    evaluated, given = predictions(reference, ids[None]), [int(index) for index in ids]
+    expected = nll(evaluated, ids[None])
     longest = max(len(given), *(len(tokens) for tokens in probes.values()))
     try:
         engine = LlamaCpp(folder / MODEL, longest + 8, int(reference.config.vocab_size), torch.get_num_threads())
         wrong = [text for text, tokens in probes.items() if not engine.reads_as(text, tokens)]
-        found = engine.nll(given)
+        likeliest = engine.predictions(given)
     except LlamaCppRefusal as error:
-        return replace(check, nll_reference=expected, nll_loaded=found, ok=False, message="; ".join([*problems, str(error)]))
+        return replace(check, nll_reference=expected, nll_loaded=math.nan, ok=False, message="; ".join([*problems, str(error)]))
+    found = -math.fsum(own[token] for own, token in zip(likeliest, given[1:], strict=True)) / len(likeliest)
+    kl, top1 = _agreement(evaluated[0], likeliest)
     if wrong:
         problems.append(f"llama.cpp reads other tokens in {wrong[0]!r} and {len(wrong) - 1} more texts")
-    if not abs(found - expected) <= LLAMA_TOLERANCE:
+    if not (abs(found - expected) <= LLAMA.nll and kl <= LLAMA.kl):
         problems.append(
-            f"llama.cpp has a loss of {found:.4f} instead of {expected:.4f} nats per token, more than {LLAMA_TOLERANCE} apart"
+            f"llama.cpp has a loss of {found:.4f} instead of {expected:.4f} and KL {kl:.2g} nats per token, more than {LLAMA.nll} "
+            f"and {LLAMA.kl} apart"
         )
     said = (
         f"{check.message}, tokens too; transformers has a loss of {check.nll_loaded:.4f} on the text, llama.cpp of {found:.4f} on its "
-        f"first {len(given) - 1} tokens"
+        f"first {len(given) - 1} tokens, with KL {kl:.2g} and the same likeliest token at {top1:.1%} of them"
     )
-    return replace(check, nll_reference=expected, nll_loaded=found, ok=not problems, message="; ".join(problems) or said)
+    message = "; ".join(problems) or said
+    return replace(check, nll_reference=expected, nll_loaded=found, kl=kl, top1=top1, ok=not problems, message=message)
+
+
+def _agreement(expected: Tensor, found: Sequence[Mapping[int, float]]) -> tuple[float, float]:
+    """KL divergence over the tokens that llama.cpp tells, all others as one, which makes it no larger; and equal likeliest tokens.
+
+    expected: logits (t, n_vocab) at the positions of `found`.
+    """
+    kl, same = 0.0, 0
+    for log_p, own in zip(expected.double().log_softmax(-1), found, strict=True):
+        tokens = list(own)
+        mine, theirs = log_p[tokens], torch.tensor([own[token] for token in tokens], dtype=torch.float64)
+        p_rest, q_rest = (max(1 - float(each.exp().sum()), 1e-12) for each in (mine, theirs))
+        kl += float((mine.exp() * (mine - theirs)).sum()) + p_rest * math.log(p_rest / q_rest)
+        same += int(log_p.argmax()) == max(own, key=own.__getitem__)
+    return max(kl / len(found), 0.0), same / len(found)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +46,9 @@ class LlamaCpp:
             raise LlamaCppRefusal(f"llama.cpp does not load {path} ({error})") from None
         self._n_vocab = n_vocab
 
-    def nll(self, ids: Sequence[int]) -> float:
-        """Mean negative log-likelihood (nats per token) of token ids, the first given: one step of decoding for each."""
-        losses = [-self._logprob(ids[:at], ids[at]) for at in range(1, len(ids))]
-        return math.fsum(losses) / len(losses)
+    def predictions(self, ids: Sequence[int]) -> list[Mapping[int, float]]:
+        """Log-probabilities of the likeliest tokens after every beginning of `ids`, the token that follows among them: one step each."""
+        return [self._likeliest(list(ids[:at]), ids[at]) for at in range(1, len(ids))]
 
     def reads_as(self, text: str, ids: Sequence[int]) -> bool:
         """Whether llama.cpp makes these tokens of a text, for as much of them as `n_context` holds.
@@ -67,11 +65,11 @@ class LlamaCpp:
         answer = self._ask(prompt if isinstance(prompt, str) else list(prompt), {"max_tokens": n_tokens})
         return str(answer["choices"][0]["text"])
 
-    def _logprob(self, given: Sequence[int], token: int) -> float:
+    def _likeliest(self, given: list[int], token: int) -> Mapping[int, float]:
         for n_probs in (min(_FIRST, self._n_vocab), self._n_vocab):
-            found = self._complete(list(given), n_probs)["top"].get(token)
-            if found is not None:
-                return float(found)
+            found: Mapping[int, float] = self._complete(given, n_probs)["top"]
+            if token in found:
+                return found
         raise LlamaCppRefusal(f"llama.cpp gives the token {token} no probability; the file has another vocabulary")
 
     def _complete(self, prompt: str | list[int], n_probs: int) -> dict[str, Any]:

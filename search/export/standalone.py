@@ -46,13 +46,13 @@ def export_checkpoint(folder: Path, name: str, out: Path) -> Verification:
     with Installer(loaded.model, loaded.structure) as installer:
         for site, edit in stored.edits.items():
             installer.install(site, edit)
-        check = module.verify(out, loaded.model, _ids(loaded))
+        check = module.verify(out, loaded.model, sample_tokens(loaded))
     if not check.ok:
         raise ValueError(f"export {out}: what was loaded back is not the checkpoint's model: {check.message}")
     return check
 
 
-def _ids(loaded: LoadedModel) -> Tensor:
+def sample_tokens(loaded: LoadedModel) -> Tensor:
     """Token ids (1, t) of a plain text, as long as the model reads it, or drawn with a fixed seed where it has no tokenizer for it."""
     length, rows = learned_positions(loaded.model), n_embeddings(loaded.model)
     if loaded.tokenizer is not None:

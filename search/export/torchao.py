@@ -24,7 +24,7 @@ from methods.policy_file import PolicyFile
 from search.export import folder as output
 from search.export import loading
 from search.export.serving import transformers_entry
-from search.export.verification import Verification, compare, read_config, stock, storage_dtype
+from search.export.verification import EXACT, ROUNDED, Verification, compare, read_config, stock, storage_dtype
 
 if TYPE_CHECKING:
     from methods.model.load import LoadedModel
@@ -166,13 +166,13 @@ def _losses(formats: Mapping[str, Format]) -> list[dict[str, str]]:
 def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
     """Loads the folder with transformers and torchao, and compares; `reference`, `ids` as in `search.export.compressed_tensors.verify`.
 
-    Weights have to be equal bit for bit, the loss within 1e-3 nats per token, or 0.03 with 8-bit activations, whose scales torchao
-    makes a little smaller.
+    Weights have to be equal bit for bit, the predictions `EXACT`, or `ROUNDED` with 8-bit activations, whose scales torchao makes a
+    little smaller.
     """
     if importlib.util.find_spec("torchao") is None:
         raise ValueError("verifying a torchao export needs the package torchao; pip install 'isolatency[export]'")
     formats = from_config(read_config(folder).get("quantization_config", {}))
-    tolerance = 0.03 if any(fmt.act_bits == 8 for fmt in formats.values()) else 1e-3
+    tolerance = ROUNDED if any(fmt.act_bits == 8 for fmt in formats.values()) else EXACT
     dtype = DTYPES[storage_dtype(folder)]
 
     def load(path: Path) -> tuple[Any, Mapping[str, Any]]:

@@ -1,9 +1,10 @@
-"""Whether an exported folder is the model that was evaluated: weights one by one, and the loss of a text."""
+"""Whether an exported folder is the model that was evaluated: weights one by one, and what it predicts of a text, token by token."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from methods.model.structure import Structure
 class Verification:
     """The outcome of loading a folder and comparing it; losses in nats per token, `ok` where `message` has nothing to object.
 
+    kl, top1: mean KL divergence from the evaluated model's predictions, and the share of positions with the same likeliest token: equal
+    mean losses can hide different predictions.
     max_weight_diff: largest absolute difference of any tensor, compressed or not; n_linears: compressed linears compared.
     load_tested: whether a runtime loaded the folder; where not, weights and losses are nan.
     """
@@ -36,6 +39,8 @@ class Verification:
     ok: bool
     message: str
     load_tested: bool = True
+    kl: float = math.nan
+    top1: float = math.nan
 
     @property
     def summary(self) -> str:
@@ -44,7 +49,7 @@ class Verification:
             return f"not load-tested; {self.message}"
         return (
             f"loaded back, weights differ by {self.max_weight_diff:g} over {self.n_linears} linears, NLL {self.nll_loaded:.4f} "
-            f"against {self.nll_reference:.4f} evaluated"
+            f"against {self.nll_reference:.4f} evaluated, KL {self.kl:.2g} nats per token, same likeliest token at {self.top1:.1%}"
         )
 
 
@@ -54,12 +59,53 @@ def not_loaded(n_linears: int, problem: str, message: str) -> Verification:
     return Verification(nan, nan, nan, n_linears, not problem, problem or message, load_tested=False)
 
 
-def nll(model: Any, ids: Tensor) -> float:
-    """Mean negative log-likelihood (nats per token) of token ids (b, t), the first of each row given."""
+@dataclass(frozen=True)
+class Tolerance:
+    """How far what a runtime predicts may be from what was evaluated: nats per token of the mean loss, and of KL divergence."""
+
+    nll: float
+    kl: float
+
+
+EXACT = Tolerance(1e-3, 1e-5)
+"""Of the same weights and inputs in fp32: what is left is the order of sums."""
+
+ROUNDED = Tolerance(0.03, 0.01)
+"""Where inputs are rounded to 8 bits, which each engine does in its own way."""
+
+REROUTED = Tolerance(0.03, 0.03)
+"""Where weights of experts are rounded, which may send a token to another expert."""
+
+UNJUDGED = Tolerance(math.inf, math.inf)
+"""Where the runtime leaves out a rounding that was evaluated: what it predicts is told and not judged."""
+
+_ROWS = 128
+"""Positions whose probabilities exist at once."""
+
+
+def predictions(model: Any, ids: Tensor) -> Tensor:
+    """Logits (b, t - 1, n_vocab) fp32 of what follows the beginnings of token ids (b, t)."""
     with torch.inference_mode():
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    return float(loss)
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return logits
+
+
+def nll(logits: Tensor, ids: Tensor) -> float:
+    """Mean negative log-likelihood (nats per token) of token ids (b, t) by `predictions`, the first of each row given."""
+    with torch.inference_mode():
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+
+def agreement(expected: Tensor, found: Tensor) -> tuple[float, float]:
+    """Mean KL divergence of predictions from the expected ones, both (b, t, n_vocab), and the share of equal likeliest tokens."""
+    kl, same, n = 0.0, 0, expected.shape[0] * expected.shape[1]
+    with torch.inference_mode():
+        for start in range(0, n, _ROWS):
+            p, q = (logits.flatten(0, 1)[start : start + _ROWS] for logits in (expected, found))
+            log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+            kl += float((log_p.exp() * (log_p - log_q)).sum())
+            same += int((p.argmax(-1) == q.argmax(-1)).sum())
+    return max(kl / n, 0.0) if math.isfinite(kl) else math.inf, same / n
 
 
 def stock(folder: Path, **options: Any) -> tuple[Any, Mapping[str, Any]]:
@@ -88,7 +134,7 @@ def compare(
     reference: Any,
     ids: Tensor,
     linears: list[str],
-    nll_tolerance: float,
+    tolerance: Tolerance,
     load: Callable[[Path], tuple[Any, Mapping[str, Any]]] = _stock_fp32,
     weights: Callable[[Any], Mapping[str, Tensor]] = _tensors,
     rounded: Mapping[str, torch.dtype] = MappingProxyType({}),
@@ -102,21 +148,28 @@ def compare(
     """
     model, info = load(folder)
     with _same_buffers(reference, model):
-        expected = nll(reference, ids)
+        evaluated = predictions(reference, ids)
     with quiet():
-        found = nll(model, ids)
-    evaluated = stock_state_dict(reference)
-    evaluated |= {name: evaluated[name].to(dtype) for name, dtype in rounded.items()}
-    diff, worst = _largest_difference(evaluated, weights(model))
+        loaded = predictions(model, ids)
+    expected, found = nll(evaluated, ids), nll(loaded, ids)
+    kl, top1 = agreement(evaluated, loaded)
+    weights_evaluated = stock_state_dict(reference)
+    weights_evaluated |= {name: weights_evaluated[name].to(dtype) for name, dtype in rounded.items()}
+    diff, worst = _largest_difference(weights_evaluated, weights(model))
     problems = [
         f"{kind.replace('_', ' ')}: {sorted(info[kind])[:3]}" for kind in ("missing_keys", "unexpected_keys") if info[kind]
     ]
     if diff != 0.0:
         problems.append(f"{worst} differs from the evaluated weights by up to {diff:.3g}")
-    if not abs(found - expected) <= nll_tolerance:
-        problems.append(f"loss {found:.4f} instead of {expected:.4f} nats per token, more than {nll_tolerance} apart")
+    if not abs(found - expected) <= tolerance.nll:
+        problems.append(f"loss {found:.4f} instead of {expected:.4f} nats per token, more than {tolerance.nll} apart")
+    if not kl <= tolerance.kl:
+        problems.append(
+            f"its predictions have KL {kl:.2g} from the evaluated ones, more than {tolerance.kl:g} nats per token, and the same likeliest "
+            f"token at {top1:.1%} of positions"
+        )
     message = "; ".join(problems) or f"all tensors are equal, {len(linears)} of them compressed linears"
-    return Verification(diff, expected, found, len(linears), not problems, message)
+    return Verification(diff, expected, found, len(linears), not problems, message, kl=kl, top1=top1)
 
 
 @contextlib.contextmanager

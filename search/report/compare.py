@@ -33,7 +33,7 @@ def compare(studies: Mapping[str, ReportData], *, frontier_only: bool = True) ->
         Column("latency_ms", "latency, measured", "ms"),
         Column("ratio", "of dense", "", 3),
         Column("kl_nats", "KL, measured", "nats/token", 3),
-        Column("kl_stderr", "±", "", 1),
+        Column("kl_stderr", "± standard error", "", 1),
         *(Column(name, name) for name in scores),
         Column("size_bytes", "size", "MiB", divisor=2**20),
     )

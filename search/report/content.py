@@ -13,6 +13,9 @@ from search.frontier import Candidate, Fidelity
 from search.report.honesty import Pair
 from search.report.limits import Limit, Share
 
+TOP1 = "top-1 agreement"
+"""The score of a candidate that says at which share of positions its likeliest token is the dense model's."""
+
 Group = Literal["dense", "chosen", "baseline", "search"]
 Verdict = Literal["met", "not met", "unvalidated"]
 
@@ -22,11 +25,13 @@ class Entry:
     """A candidate and what it stands for in the report: the dense model, the answer, a simple policy, or another of the search.
 
     rescaled: it was timed in another run of the study; its latency is its ratio to the dense model there times the dense latency here.
+    met: by everything that was asked for, whether it meets it, None where nobody measured that.
     """
 
     candidate: Candidate
     group: Group
     rescaled: bool = False
+    met: tuple[tuple[str, bool | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,10 +203,15 @@ def answer(data: ReportData) -> list[str]:
 
 
 def _quality(data: ReportData, chosen: Candidate) -> str:
-    cost = f"It costs {chosen.kl:.3g} ± {chosen.kl_stderr:.1g} nats per token of KL divergence ({chosen.role} data)"
+    cost = (
+        f"It costs {chosen.kl:.3g} nats per token of KL divergence (standard error {chosen.kl_stderr:.1g}, {chosen.role} data)"
+    )
+    same = chosen.scores.get(TOP1)
+    if same is not None:
+        cost += f"; its likeliest next token is the dense model's at {same:.1%} of positions"
     before, after = data.dense.scores.get("perplexity"), chosen.scores.get("perplexity")
     if before is not None and after is not None:
-        return f"{cost}; perplexity goes from {before:.2f} to {after:.2f}."
+        return f"{cost}; perplexity goes from {before:.2f} to {after:.2f} ({after / before - 1:+.1%})."
     return f"{cost}; perplexity is not reported: {data.perplexity_note or 'it was not computed'}."
 
 

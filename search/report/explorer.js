@@ -35,19 +35,21 @@
   const spread = (kl) => Math.asinh(kl / study.knee);
 
   function draw(chosen, other) {
-    const [w, h, m] = [760, 320, 62];
+    // As wide as its place, so that its letters keep their size on a telephone.
+    const w = Math.max(280, Math.min(760, get("explorer").parentElement.clientWidth || 760)), [h, m] = [320, 72];
     const [x0, x1] = extent(study.policies.map((p) => p.ms), 0.05), [y0, y1] = extent(study.policies.map((p) => spread(p.kl)), 0.06);
     const x = (ms) => m + ((ms - x0) / (x1 - x0)) * (w - m - 24), y = (kl) => h - m + 8 - ((spread(kl) - y0) / (y1 - y0)) * (h - m - 8);
     const parts = [`<rect x="${m}" y="0" width="${w - m - 24}" height="${h - m + 8}" fill="none" stroke="#e2e5ea"/>`];
     const limit = x(Number(latency.value));
     parts.push(`<line x1="${limit}" x2="${limit}" y1="0" y2="${h - m + 8}" stroke="#cc79a7" stroke-dasharray="6 4"/>`);
-    const steps = 6;
+    const steps = w < 500 ? 3 : 6;
     for (let i = 0; i <= steps; i++) {
       const ms = x0 + ((x1 - x0) * i) / steps, kl = Math.sinh(y0 + ((y1 - y0) * i) / steps) * study.knee;
       parts.push(`<text x="${x(ms)}" y="${h - m + 24}" text-anchor="middle">${fixed(ms)}</text>`);
       if (kl >= 0) parts.push(`<text x="${m - 5}" y="${y(kl) + 4}" text-anchor="end">${fixed(kl, 2)}</text>`);
     }
-    parts.push(`<text x="${(w + m) / 2}" y="${h - 4}" text-anchor="middle">${study.unit}</text>`);
+    parts.push(`<text x="${(w + m) / 2}" y="${h - 4}" text-anchor="middle">latency, ${study.unit}</text>`);
+    parts.push(`<text transform="translate(12 ${(h - m + 8) / 2}) rotate(-90)" text-anchor="middle">KL divergence, nats per token</text>`);
     const colour = { dense: "#1f2430", chosen: "#009e73", baseline: "#d55e00", search: "#0072b2", predicted: "#8a8f98" };
     study.policies.forEach((p, index) => {
       const ring = p === chosen ? ' stroke="#1f2430" stroke-width="3"' : p === other ? ' stroke="#e69f00" stroke-width="3"' : "";
@@ -55,7 +57,10 @@
       parts.push(`<circle data-index="${index}" cx="${x(p.ms)}" cy="${y(p.kl)}" r="${p.known === "evaluated" ? 7 : 5}" fill="${fill}"${ring || edge}><title></title></circle>`);
     });
     const plot = get("plot");
-    plot.innerHTML = `<svg viewBox="0 0 ${w} ${h}" role="img" aria-label="latency against loss">${parts.join("")}</svg>`;
+    const named = { chosen: "the answer", search: "search", baseline: "simple policies", dense: "dense model", predicted: "solver, predicted" };
+    const present = Object.keys(named).filter((group) => study.policies.some((p) => p.group === group));
+    const keys = present.map((group) => `<span class="key"><i style="background:${colour[group]}"></i>${named[group]}</span>`);
+    plot.innerHTML = `<svg viewBox="0 0 ${w} ${h}" role="img" aria-label="latency against loss">${parts.join("")}</svg><p>${keys.join("")}</p>`;
     plot.querySelectorAll("circle").forEach((dot) => {
       const index = Number(dot.dataset.index);
       dot.firstChild.textContent = words(study.policies[index]);
@@ -120,6 +125,7 @@
     first.append(new Option(text, String(index)));
     second.append(new Option(text, String(index)));
   });
+  window.addEventListener("resize", show);
   latency.addEventListener("input", slide);
   size.addEventListener("input", slide);
   first.addEventListener("change", show);

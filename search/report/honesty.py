@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+DRAWN: Any = {"svg.hashsalt": "isolatency", "text.parse_math": False}
+"""Equal pictures are equal files, and names from outside are no mathematics."""
 
 BAND = 0.05
 """Relative error that the grey band of a latency panel spans."""
@@ -28,35 +31,38 @@ class Pair:
 
 @dataclass(frozen=True)
 class Panel:
-    """Pairs of one kind; log: on log axes, and without the band."""
+    """Pairs of one kind; known: what their first values are called; log: on log axes, and without the band."""
 
     title: str
     pairs: Sequence[Pair]
+    known: str
     log: bool = False
 
 
 def latency_panel(workload: str, pairs: Sequence[Pair]) -> Panel:
     """Latencies of a workload, relative to the dense model's."""
-    return Panel(f"{workload},\nof the dense model's latency", pairs)
+    return Panel(f"{workload},\nof the dense model's latency", pairs, "modelled")
 
 
 def loss_panel(pairs: Sequence[Pair]) -> Panel:
     """Losses in nats per token."""
-    return Panel("KL of policies unseen in fitting,\nnats per token", pairs, log=True)
+    return Panel("KL of policies unseen in fitting,\nnats per token", pairs, "predicted", log=True)
 
 
-def draw_pairs(panels: Sequence[Panel]) -> bytes:
-    """A PNG with the panels that have pairs beside each other."""
+def draw_pairs(panels: Sequence[Panel], format: Literal["png", "svg"] = "png") -> bytes:
+    """A picture with the panels that have pairs beside each other."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = [panel for panel in panels if panel.pairs]
-    figure = Figure(figsize=(4.2 * len(shown), 4.0), dpi=160, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    for place, panel in enumerate(shown):
-        _draw(figure.add_subplot(1, len(shown), place + 1), panel)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    with rc_context(DRAWN):
+        figure = Figure(figsize=(4.2 * len(shown), 4.0), dpi=160, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        for place, panel in enumerate(shown):
+            _draw(figure.add_subplot(1, len(shown), place + 1), panel)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=format, metadata={"Date": None} if format == "svg" else {"Software": None})
     return buffer.getvalue()
 
 
@@ -91,6 +97,6 @@ def _draw(axes: Any, panel: Panel) -> None:
     axes.set_ylim(low, high)
     axes.set_title(panel.title, fontsize=9.5, loc="left")
     axes.set_xlabel("measured", fontsize=9)
-    axes.set_ylabel("predicted", fontsize=9)
+    axes.set_ylabel(panel.known, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.legend(frameon=False, fontsize=8, loc="upper left")

@@ -19,7 +19,7 @@ MOST = 8
 
 @dataclass(frozen=True)
 class Limit:
-    """A site of the answer that costs much. All predicted: loss, saved: nats per token; ms, more_ms: of the site's kernels in the model.
+    """A site of the answer that costs much. loss, saved: predicted nats per token; ms, more_ms: modelled, of its kernels in the model.
 
     wider: the format that saves most for its time, "" where nothing better is left.
     """
@@ -65,12 +65,18 @@ def _rate(option: Option, chosen: Option) -> float:
 
 
 def shares(prepared: Prepared, policy: Policy, pace: float = 1.0) -> tuple[Share, ...]:
-    """A policy's predicted latency, times `pace`, by kind of site, the largest first, and last the rest that no decision changes."""
+    """A policy's modelled latency, times `pace`, by kind of site, the largest first, and last the rest that no decision changes.
+
+    Where the map takes more for the kernels than the whole, so that the rest would be negative, the kernels share the whole.
+    """
     by_kind: dict[str, float] = {}
     for site in prepared.sites:
         ms = prepared.option(site.name, policy.at(site.name)[0]).model_ms
         by_kind[site.kind] = by_kind.get(site.kind, 0.0) + prepared.map.b1 * ms
-    rest = prepared.map.predict(prepared.sum_ms(policy)).mean - sum(by_kind.values())
+    whole, kernels = prepared.map.predict(prepared.sum_ms(policy)).mean, sum(by_kind.values())
+    if kernels > whole > 0:
+        by_kind, kernels = {kind: ms * whole / kernels for kind, ms in by_kind.items()}, whole
+    rest = whole - kernels
     ordered = sorted(by_kind.items(), key=lambda item: -item[1])
     ordered.append(("all else: attention, norms, embeddings, head, framework", rest))
     return tuple(Share(what, ms * pace) for what, ms in ordered)

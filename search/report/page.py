@@ -53,15 +53,12 @@ _RAMP = ("#00224e", "#2a3f6d", "#575d6d", "#7c7b78", "#a59c74", "#d2c060", "#fee
 
 def page(data: ReportData) -> str:
     """The whole page; every text that comes from outside is escaped."""
-    png = base64.b64encode(draw(data)).decode()
     body = [
         f"<h1>{escape(data.model)}</h1>",
         f'<p class="soft">{escape(data.target)} · {escape(data.objective.workload)} · study {escape(data.study)}</p>',
         _answer(data),
         _notes(data.notes),
-        _section(
-            "Frontier", f'<img alt="Latency against KL divergence, measured and predicted" src="data:image/png;base64,{png}">'
-        ),
+        _section("Frontier", _frontier(data)),
         _section(_known_as(data.dense), _measured(data)),
         _section("Against the simple policies", f"<p>{escape(guard_words(data.guard))}</p>") if data.guard else "",
         _section("What was decided where", _map(data.layer_map, _look(data))),
@@ -84,6 +81,18 @@ def page(data: ReportData) -> str:
 def write_page(data: ReportData, path: Path) -> None:
     """Writes the page in one step."""
     write_text(path, page(data))
+
+
+def _frontier(data: ReportData) -> str:
+    """The picture, drawn for two widths, of which the browser takes the fitting one."""
+    wide, narrow = (_inline(draw(data, "svg", narrow)) for narrow in (False, True))
+    alt = f"Latency against KL divergence: {data.dense.fidelity.value} policies, and the solver's predicted curve"
+    source = f'<source media="(max-width: 640px)" srcset="{narrow}">'
+    return f'<picture>{source}<img width="806" alt="{escape(alt, quote=True)}" src="{wide}"></picture>'
+
+
+def _inline(svg: bytes) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
 def _known_as(candidate: Candidate) -> str:
@@ -113,14 +122,14 @@ def _notes(notes: Sequence[str]) -> str:
 def _measured(data: ReportData) -> str:
     ordered = sorted(data.measured, key=lambda entry: (entry.candidate.latency_ms, entry.candidate.kl))
     note = f"Perplexity is not reported: {data.perplexity_note}." if data.perplexity_note else ""
-    kinds = "Latency: median [interval]. KL: mean over tokens, ± one standard error over sequences, against the dense model."
+    kinds = "Latency: median [95 % interval]. KL: mean over tokens, with its standard error over sequences, against the dense model."
     classes = [entry.group for entry in ordered]
     return f'<p class="soft">{kinds} {escape(note)}</p>' + _table(candidate_table(data.measured), classes)
 
 
 def _predicted(data: ReportData) -> str:
     table = predicted_table(sorted(data.predicted, key=lambda c: c.latency_ms))
-    text = "The exact solver's optimum under other budgets, by additive sensitivity score and fitted latency. Nobody has run these."
+    text = "The exact solver's optima under other budgets: KL predicted by additive scores, latency modelled. Nobody has run these."
     return f'<div class="predicted"><p class="soft">{text}</p>{_table(table)}</div>'
 
 
@@ -171,8 +180,13 @@ def _errors(data: ReportData) -> str:
         return text
     panels = [latency_panel(name, pairs) for name, pairs in data.latency_pairs.items()]
     panels += [loss_panel(data.loss_pairs)] if data.loss_pairs else []
-    png, width = base64.b64encode(draw_pairs(panels)).decode(), 420 * len(panels)
-    return f'{text}<img width="{width}" alt="Predicted against measured latency and loss" src="data:image/png;base64,{png}">'
+    # One picture each: side by side where there is room, below each other where there is not.
+    drawn = ((panel, _inline(draw_pairs([panel], "svg"))) for panel in panels if panel.pairs)
+    pictures = (
+        f'<img width="403" alt="{escape(f"{panel.known.capitalize()} against measured: {panel.title}", quote=True)}" src="{source}">'
+        for panel, source in drawn
+    )
+    return f"{text}<p>{''.join(pictures)}</p>"
 
 
 def _limits(data: ReportData) -> str:
@@ -189,10 +203,10 @@ def _limits(data: ReportData) -> str:
         )
         for limit in data.limits
     ]
-    text = "Predicted, by sensitivity scores, kernel times and the latency map: `search explain` measures it, one choice at a time."
+    text = "Losses predicted by sensitivity scores, times modelled by kernel times and the latency map: `search explain` measures them."
     return (
         f'<div class="predicted"><p class="soft">{escape(text)}</p>'
-        + _plain_table(("a token's time", "predicted", "share"), time)
+        + _plain_table(("a token's time", "modelled", "share"), time)
         + _plain_table(("the costliest layers", "format", "nats per token", "time", "what a wider format would buy"), sites)
         + "</div>"
     )

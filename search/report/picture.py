@@ -10,6 +10,7 @@ from typing import Any, Literal
 from methods.atomic import write_bytes
 from search.frontier import Candidate, frontier
 from search.report.content import Entry, Group, ReportData
+from search.report.honesty import DRAWN
 
 # Okabe and Ito's palette: told apart by all common kinds of colour vision; shapes differ as well.
 _STYLE: dict[Group, tuple[str, str, float, str]] = {
@@ -24,22 +25,27 @@ _LOG_FROM = 30.0  # ratio of the greatest to the least KL above which a linear a
 _DPI = 200
 
 
-def draw(data: ReportData, format: Literal["png", "svg"] = "png") -> bytes:
-    """The picture as a PNG (2x) or SVG file. The predicted curve is open, grey and dotted, and says so."""
+def draw(data: ReportData, format: Literal["png", "svg"] = "png", narrow: bool = False) -> bytes:
+    """The picture as a PNG (2x) or SVG file. The predicted curve is open, grey and dotted, and says so.
+
+    narrow: for the width of a telephone, with letters of the same size, the legend below and no title.
+    """
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.4, 5.2), dpi=_DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    _axes(axes, data)
-    _predicted(axes, data.predicted)
-    _measured(axes, data.measured)
-    _objective(axes, data)
-    _legend(axes)
-    _labels(figure, axes, data)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=format, metadata={"Date": None} if format == "svg" else {"Software": None})
+    with rc_context(DRAWN):
+        figure = Figure(figsize=(4.1, 5.6) if narrow else (8.4, 5.2), dpi=_DPI, layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        _axes(axes, data, narrow)
+        _predicted(axes, data.predicted)
+        _measured(axes, data.measured)
+        _objective(axes, data)
+        _legend(figure, axes, narrow)
+        _labels(figure, axes, data)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=format, metadata={"Date": None} if format == "svg" else {"Software": None})
     return buffer.getvalue()
 
 
@@ -53,7 +59,7 @@ def write_picture(data: ReportData, path: Path) -> None:
         raise ValueError(f"picture: {path.name}; use a name that ends in .png or .svg")
 
 
-def _axes(axes: Any, data: ReportData) -> None:
+def _axes(axes: Any, data: ReportData, narrow: bool) -> None:
     values = [c.kl for c in _all(data) if c.kl > 0]
     if values and max(values) > _LOG_FROM * min(values):
         axes.set_yscale("symlog", linthresh=min(values), linscale=0.4)
@@ -67,7 +73,8 @@ def _axes(axes: Any, data: ReportData) -> None:
     label = data.dense.latency_label
     axes.set_xlabel(f"latency ({data.objective.unit}){'' if label == 'measured' else f', {label}, not measured'}", color=_INK)
     axes.set_ylabel("KL divergence from the dense model (nats per token)", color=_INK)
-    axes.set_title(f"{data.model}\n{data.target} · {data.objective.workload}", loc="left", fontsize=10.5, color=_INK)
+    if not narrow:
+        axes.set_title(f"{data.model}\n{data.target} · {data.objective.workload}", loc="left", fontsize=10.5, color=_INK)
     axes.grid(True, which="major", color="#E6E8EB", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -86,7 +93,7 @@ def _predicted(axes: Any, candidates: Sequence[Candidate]) -> None:
         return
     curve = frontier(candidates)
     x, y = [c.latency_ms for c in curve], [c.kl for c in curve]
-    label = "solver's curve, predicted (not measured)"
+    label = "solver's curve: KL predicted, latency modelled"
     axes.plot(
         x, y, ":", color=_PREDICTED, marker="o", markersize=4, markerfacecolor="white", linewidth=1.4, label=label, zorder=2
     )
@@ -126,15 +133,16 @@ def _objective(axes: Any, data: ReportData) -> None:
     axes.axvline(limit, color="#CC79A7", linewidth=1.5, linestyle="--", label=f"objective, {limit:.4g} ms", zorder=1)
 
 
-def _legend(axes: Any) -> None:
-    """The answer first, what was not measured last."""
+def _legend(figure: Any, axes: Any, narrow: bool) -> None:
+    """The answer first, what was not measured last; in a narrow picture below the plot, where it covers nothing."""
     first = ["the answer", "frontier", "search", "simple", "dense", "objective", "solver"]
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda k: [labels[k].startswith(name) for name in first].index(True))
-    axes.legend(
+    own: Any = figure if narrow else axes
+    own.legend(
         [handles[k] for k in order],
         [labels[k] for k in order],
-        loc="upper right",
+        loc="outside lower left" if narrow else "upper right",
         framealpha=0.92,
         edgecolor="none",
         fontsize=9,
@@ -146,7 +154,8 @@ def _labels(figure: Any, axes: Any, data: ReportData) -> None:
     """Names the answer, the dense model and the simple policies, where there is room."""
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()
-    taken = [axes.get_legend().get_window_extent(renderer), *_marker_boxes(axes, _all(data))]
+    legend = axes.get_legend()
+    taken = [*([] if legend is None else [legend.get_window_extent(renderer)]), *_marker_boxes(axes, _all(data))]
     order = {"chosen": 0, "dense": 1, "baseline": 2, "search": 3}
     for entry in sorted(data.measured, key=lambda e: (order[e.group], e.candidate.kl)):
         if entry.group != "search":

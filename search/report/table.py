@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from predictors.intervals import Interval
 from search.frontier import Candidate, Fidelity, check_one_kind
-from search.report.content import Entry
+from search.report.content import TOP1, Entry
 
 Cell = str | int | float | bool | Interval | None
 
@@ -75,22 +75,29 @@ def candidate_table(entries: Sequence[Entry]) -> Table:
     check_one_kind([entry.candidate for entry in entries])
     kinds = entries[0].candidate
     scores = sorted({name for entry in entries for name in entry.candidate.scores})
+    dense = next((entry.candidate for entry in entries if entry.group == "dense"), None)
+    asked = list(dict.fromkeys(name for entry in entries for name, _ in entry.met))
     columns = (
         Column("name", "policy"),
         Column("group", "what"),
         Column("latency_ms", f"latency, {kinds.latency_label}", "ms"),
+        *([] if dense is None else [Column("ratio", "of dense", "x", 3)]),
+        *(Column(f"meets {name}", f"meets {name}") for name in asked),
         Column("kl_nats", f"KL, {kinds.fidelity.value}", "nats/token", 3),
-        Column("kl_stderr", "±", "", 1),
-        *(Column(name, name) for name in scores),
+        *([] if kinds.fidelity is Fidelity.PREDICTED else [Column("kl_stderr", "± standard error", "", 1)]),
+        *(Column(name, name, "%" if name == TOP1 else "") for name in scores),
         Column("size_bytes", "size", "MiB", divisor=2**20),
         Column("label", "known by"),
     )
     ordered = sorted(entries, key=lambda entry: (entry.candidate.latency_ms, entry.candidate.kl))
-    return Table(columns, tuple(_row(entry, scores) for entry in ordered))
+    ratios = [{} if dense is None else {"ratio": entry.candidate.latency_ms / dense.latency_ms} for entry in ordered]
+    met = [{f"meets {name}": dict(entry.met).get(name) for name in asked} for entry in ordered]
+    rows = (_row(entry, scores) | one | two for entry, one, two in zip(ordered, ratios, met, strict=True))
+    return Table(columns, tuple(rows))
 
 
 def predicted_table(candidates: Sequence[Candidate]) -> Table:
-    """The solver's curve: predicted KL at the fitted latency."""
+    """The solver's curve: predicted KL at the modelled latency."""
     return candidate_table([Entry(candidate, "search") for candidate in candidates])
 
 
@@ -106,7 +113,10 @@ def _row(entry: Entry, scores: Sequence[str]) -> dict[str, Cell]:
         "size_bytes": c.size_bytes,
         "label": ", ".join(filter(None, (c.fidelity.value, c.role, "ratio of another run" if entry.rescaled else ""))),
     }
-    return {**row, **{name: c.scores.get(name) for name in scores}}
+    found = {name: c.scores.get(name) for name in scores}
+    if found.get(TOP1) is not None:
+        found[TOP1] = 100 * c.scores[TOP1]
+    return {**row, **found}
 
 
 def markdown(heads: str, cells: Iterable[Iterable[str]]) -> str:

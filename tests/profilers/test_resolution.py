@@ -148,3 +148,6 @@ def test_tables_of_one_machine_are_merged_and_of_two_are_not(tmp_path: Path) -> 
     assert {key.n: merged.best(key)[1].median_ms for key in merged.keys()} == {32: 4.0, 64: 2.0, 96: 3.0}  # noqa: SIM118
     with pytest.raises(TableError, match="two devices or set-ups"):
         stored.merge([first, table_of(GPU, {})])
+    old, new = (table_of(replace(THERE, fingerprint=name, facts={"torch": name, "threads": 1}), {}) for name in ("1.0", "2.0"))
+    with pytest.raises(TableError, match=r"they differ in torch 1\.0 in the first, 2\.0 in the second$"):
+        stored.merge([old, new])

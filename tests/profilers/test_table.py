@@ -152,6 +152,9 @@ def test_only_what_changes_timings_changes_the_fingerprint(monkeypatch: pytest.M
     before = local_cpu(1).fingerprint
     monkeypatch.setenv("KMP_INIT_AT_FORK", "something")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("MKL_NUM_THREADS", "3")
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "false")
+    monkeypatch.setenv("OMP_PROC_BIND", "")
     assert local_cpu(1).fingerprint == before
     monkeypatch.setenv("KMP_AFFINITY", "compact")
     assert local_cpu(1).fingerprint != before

@@ -6,7 +6,7 @@ from methods.policy import Decision, Policy
 from predictors.intervals import Interval
 from predictors.loss import PredictorReport
 from search.frontier import Candidate, Fidelity
-from search.report.content import DataUse, Entry, Guard, LatencyFit, Objective, ReportData
+from search.report.content import TOP1, DataUse, Entry, Guard, LatencyFit, Objective, ReportData
 from search.report.honesty import Pair
 from search.report.limits import Limit, Share
 
@@ -44,10 +44,14 @@ def data(**other: Any) -> ReportData:
         "objective": Objective("0.6x", 6.0, "ms per output token", "decode:batch=1,context=8"),
         "verdict": "met",
         "measured": (
-            Entry(candidate("dense", 0.0, 10.0, kl_stderr=0.0, scores={"perplexity": 20.0}), "dense"),
-            Entry(candidate("the mix", 0.123, 5.5, scores={"perplexity": 22.5}), "chosen"),
-            Entry(candidate("other mix", 0.3, 5.0), "search"),
-            Entry(candidate(f"uniform {EVIL}", 0.4, 5.7), "baseline"),
+            Entry(
+                candidate("dense", 0.0, 10.0, kl_stderr=0.0, scores={"perplexity": 20.0, TOP1: 1.0}),
+                "dense",
+                met=(("0.6x", False),),
+            ),
+            Entry(candidate("the mix", 0.123, 5.5, scores={"perplexity": 22.5, TOP1: 0.975}), "chosen", met=(("0.6x", True),)),
+            Entry(candidate("other mix", 0.3, 5.0), "search", met=(("0.6x", True),)),
+            Entry(candidate(f"uniform {EVIL}", 0.4, 5.7), "baseline", met=(("0.6x", True),)),
         ),
         "predicted": (predicted(0.5, 4.0), predicted(0.1, 7.0)),
         "sites": tuple(SITES),

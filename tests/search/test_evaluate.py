@@ -50,6 +50,8 @@ def test_quality_equals_whole_logits(setting) -> None:
     assert torch.allclose(torch.tensor(found.nll_each), nll, rtol=1e-5)
     assert found.perplexity == pytest.approx(math.exp(float(nll.mean())), rel=1e-4)
     assert found.n_tokens == tokens.numel()
+    same = (log_p.argmax(-1) == log_q.argmax(-1)).float().mean(1)
+    assert torch.allclose(torch.tensor(found.same_each), same) and 0.2 < found.top1 < 1
 
 
 def test_the_dense_policy_costs_nothing(setting) -> None:

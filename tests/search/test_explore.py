@@ -127,7 +127,7 @@ def test_the_best_that_fits_is_said(tmp_path: Path) -> None:
     search = _Search(prepared(), truth, 3.5, progress)
     for policy in (POLICIES[3], POLICIES[2], POLICIES[0]):
         search.evaluate(f"n{POLICIES.index(policy)}", policy, simple=False)
-    assert progress.best == "best so far: n0, KL 0.1, 2 ms predicted"
+    assert progress.best == "best so far: n0, KL 0.1, 2 ms modelled"
 
 
 def test_a_trial_is_what_was_evaluated(tmp_path: Path) -> None:

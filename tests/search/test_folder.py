@@ -75,3 +75,18 @@ def test_a_password_is_not_written_down(tmp_path: Path) -> None:
 def test_a_configuration_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text('latency = "0.5x"\nstorage = "sqlite:///a.db"\n')
     assert RunConfig(**read_toml(tmp_path / "config.toml")).store == "sqlite:///a.db"
+
+
+def test_what_was_refused_leaves_no_folder_and_what_was_there_stays(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="refused"), open_study(config(tmp_path)):
+        raise ValueError("refused")
+    assert not (tmp_path / "s").exists()
+    with pytest.raises(ValueError, match="later"), open_study(config(tmp_path)) as folder:
+        (folder / "steps").mkdir()
+        raise ValueError("later")
+    assert (folder / "steps").is_dir() and (folder / "config.toml").exists()
+    with open_study(config(tmp_path, study="t")) as folder:
+        pass
+    with pytest.raises(ValueError, match="again"), open_study(config(tmp_path, study="t")):
+        raise ValueError("again")
+    assert (folder / "config.toml").exists()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from search import prepare, pricing, run, whole_model
+from search import maps, prepare, pricing, run, whole_model
 from search.config import RunConfig
 from search.prepared import Option, Prepared
 from search.progress import Progress
@@ -77,7 +77,7 @@ def study(tmp_path_factory) -> Iterator[Study]:
         patch.setattr(pricing, "worth_having", slow_small)
         patch.setattr(whole_model, "MIXED_RUNS", 2)
         patch.setattr(whole_model, "MAP_ROUNDS", 2)
-        counted(prepare, "whole_model", lambda _s, _t, _o, workload: f"map {workload.phase}")
+        counted(maps, "whole_model", lambda _s, _t, _o, workload: f"map {workload.phase}")
         counted(
             prepare, "score_choices", lambda _s, own: f"scores {sorted({d.knob('format') for v in own.values() for d in v})}"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from methods import checkpoint, policy_file
+from methods import catalogue, checkpoint, policy_file
 from methods.catalogue import METHODS, MODEL_METHODS
 from methods.formats.format import Format, parse_format
 from methods.formats.numerics import decode
@@ -34,6 +34,8 @@ def test_every_method_is_listed_within_the_width() -> None:
     assert max(map(len, lines)) <= 100
     heads = [line.split()[0] for line in lines if line.startswith("  ") and line[2] != " "]
     assert sorted(heads) == sorted([*METHODS, *MODEL_METHODS])
+    words = " ".join(listing().split())
+    assert all(" ".join(row["summary"].split()) in words for row in rows())
 
 
 def test_the_listing_needs_no_torch() -> None:
@@ -186,6 +188,40 @@ def test_every_block_has_a_line_of_progress(model, cache, tmp_path, capsys) -> N
         f"block {block} of 3: 1 sites" for block in (1, 2, 3)
     ]
     assert any("5.00 bits a weight" in line for line in lines)
+
+
+def test_an_interrupted_checkpoint_goes_on_where_it_was(model, cache, tmp_path, capsys, monkeypatch) -> None:
+    """Stopped in the third of three blocks: the same command compresses that block alone, to the same weights."""
+    decision = Decision.of("gptq", format="w4a16-g16")
+    whole = materialized(model, cache, tmp_path / "whole", o_proj=decision)
+    real, asked = catalogue.apply_block, []
+
+    def counted(views, *rest):
+        asked.append(len(views))
+        if asked == [1, 1, 1]:
+            raise KeyboardInterrupt
+        return real(views, *rest)
+
+    monkeypatch.setattr(catalogue, "apply_block", counted)
+    with pytest.raises(AssertionError):
+        materialized(model, cache, tmp_path / "out", o_proj=decision)
+    assert "the same command goes on from there" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    asked.clear()
+    held, expected = (checkpoint.read(f) for f in (materialized(model, cache, tmp_path / "out", o_proj=decision), whole))
+    assert asked == [0, 0, 1]
+    assert not list((cache / "materialized").iterdir())
+    for site, edit in expected.edits.items():
+        for name, compressed in edit.linears.items():
+            assert torch.equal(compressed.dense, held.edits[site].linears[name].dense)
+
+
+def test_what_keeps_nothing_does_not_say_that_it_goes_on(monkeypatch, capsys) -> None:
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("search.cli.Path", stopped)
+    assert main(["export", "study", "--format", "dense"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_generate_says_what_runs_decoded(mixed, capsys) -> None:

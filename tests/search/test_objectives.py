@@ -18,6 +18,7 @@ from search.config import ConfigError, RunConfig, from_arguments
 from search.finalists import Finalist, Met
 from search.limits import binding, median_limit, reached_bytes, tightened, under
 from search.objectives import ByteLimit, Objectives, file_name, parse_bytes, parse_objective
+from search.outcome import told_of
 from search.prepared import Option, Prepared, SiteOptions, WorkloadCost
 from search.progress import Progress
 from search.run import settled
@@ -240,3 +241,15 @@ def test_a_finalist_keeps_what_it_reached() -> None:
     assert Finalist.from_json(finalist.to_json()) == finalist
     assert finalist.over == pytest.approx(0.65 / 0.7)
     assert ByteLimit(10**8, "size").text == "size=100MB" and ByteLimit(3 * 2**20, "memory").text == "memory=3MiB"
+
+
+def test_what_is_met_is_told_in_the_words_that_were_asked() -> None:
+    one = Met("0.6x (decode:batch=1,context=8)", 0.5, 0.5, 0.55, 0.6, "x", True)
+    two = Met("0.6x (prefill:batch=1,prompt=8)", 0.7, 0.7, 0.75, 0.6, "x", False)
+    size = Met("size=100MB", 90e6, 90e6, 90e6, 100e6, "bytes", True)
+    finalist = Finalist("a", Policy(), False, 5, 4, 6, 1, 1, 1, 1, False, 10, met=(one, size))
+    assert told_of(finalist, (one, size), "0.6x,size=100MB", None) == (("0.6x", True), ("size=100MB", True))
+    assert [name for name, _ in told_of(finalist, (one, two), "0.6x", None)[:2]] == [one.name, two.name]
+    assert told_of(finalist, (one, size), "", 6.5) == (("0.6x", True), ("size=100MB", None))
+    assert told_of(finalist, (one, size), "", 5.5) == (("0.6x", False), ("size=100MB", None))
+    assert told_of(replace(finalist, met=()), (), "5ms", None) == (("5ms", False),)

@@ -40,15 +40,43 @@ def test_a_file_gets_a_line_now_and_then(clock: Clock) -> None:
     with progress.bar("evaluations") as update:
         for done in range(1, 61):
             clock.now += 1
-            progress.best = "best so far: solver, KL 0.01, 20 ms predicted" if done > 20 else ""
+            progress.best = "best so far: solver, KL 0.01, 20 ms modelled" if done > 20 else ""
             update(done, 60)
     lines = out.getvalue().splitlines()
     assert lines[:2] == [
         "  evaluations: 15/60, 0:45 left",
-        "  evaluations: 30/60, 0:30 left; best so far: solver, KL 0.01, 20 ms predicted",
+        "  evaluations: 30/60, 0:30 left; best so far: solver, KL 0.01, 20 ms modelled",
     ]
     assert lines[-1] == "[1:00] evaluations: 1:00" and len(lines) == 5
     assert "\r" not in out.getvalue() and "\x1b" not in out.getvalue()
+
+
+def test_what_an_earlier_process_did_says_nothing_of_the_time_left(clock: Clock) -> None:
+    """Twenty blocks were kept, each of the other ten takes a minute."""
+    out = io.StringIO()
+    with Progress(out).bar("calibration") as update:
+        clock.now += 20
+        update(20, 30, 20)
+        for done in range(21, 31):
+            clock.now += 60
+            update(done, 30, 20)
+    lines = out.getvalue().splitlines()
+    assert lines[:2] == ["  calibration: 20/30", "  calibration: 21/30, 12:00 left"]
+    assert lines[5] == "  calibration: 25/30, 5:20 left"
+
+
+def test_a_step_says_its_place_and_what_follows(clock: Clock) -> None:
+    out = io.StringIO()
+    progress = Progress(out)
+    progress.step("map")
+    progress.follow(("table", "map", "search"))
+    for name in ("table", "map", "map", "something else", "search"):
+        progress.step(name)
+    assert out.getvalue().splitlines() == [
+        "[0:00] step 1 of 3: table; then map, search",
+        "[0:00] step 2 of 3: map; then search",
+        "[0:00] step 3 of 3: search",
+    ]
 
 
 def test_a_terminal_gets_one_line_that_is_redrawn_and_fits(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

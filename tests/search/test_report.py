@@ -1,5 +1,6 @@
 """The report: what it says, that it is self-contained, and that nothing from outside gets in unescaped."""
 
+import base64
 import json
 import re
 from dataclasses import replace
@@ -11,10 +12,11 @@ import pytest
 from methods.policy import Decision, Policy
 from predictors.intervals import Interval
 from search.frontier import Fidelity, MixedKnowledge
-from search.report.content import Entry, Guard, Objective, answer
+from search.report.content import TOP1, Entry, Guard, Objective, answer
 from search.report.page import page, write_page
 from search.report.picture import draw, write_picture
 from search.report.table import Column, Table, candidate_table, predicted_table
+from search.report.terminal import WIDTH, measured_text, wrapped
 from tests.search.reports import EVIL, candidate, data, predicted
 
 
@@ -32,7 +34,7 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "input"):
+        if tag not in ("meta", "img", "input", "source"):
             self.stack.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -58,7 +60,8 @@ def test_the_page_is_whole_and_self_contained(reader: Reader) -> None:
     for _, attributes in reader.tags:
         assert "href" not in attributes
         assert not any(name.startswith("on") for name in attributes)
-        assert (attributes.get("src") or "data:image/png;base64,").startswith("data:image/png;base64,")
+        for name in {"src", "srcset"} & set(attributes):
+            assert str(attributes[name]).startswith("data:image/svg+xml;base64,")
     assert not re.search(r"https?://|@import|url\(", page(data()))
 
 
@@ -72,7 +75,9 @@ def test_the_page_says_all(reader: Reader) -> None:
     for words in (
         "The objective is met",
         "at most 6 ms per output token (0.6x the dense model)",
-        "perplexity goes from 20.00 to 22.50",
+        "perplexity goes from 20.00 to 22.50 (+12.5%)",
+        "the dense model's at 97.5% of positions",
+        "standard error 0.01, report data",
         "The search wins beyond the noise",
         "Predicted, not measured",
         "Nobody has run these",
@@ -85,6 +90,40 @@ def test_the_page_says_all(reader: Reader) -> None:
         assert words in reader.words, words
     measured, separate = reader.words.split("Predicted, not measured")
     assert "solved 4.0" in separate and "solved" not in measured
+
+
+def test_the_frontier_is_drawn_for_a_telephone_and_for_a_desk(reader: Reader) -> None:
+    """Vectors that show at most a tenth smaller than drawn on a page of 390 px; axes and legend are in words."""
+    (source,) = [attributes for tag, attributes in reader.tags if tag == "source"]
+    assert source["media"] == "(max-width: 640px)"
+    narrow = drawing(str(source["srcset"]))
+    wide = drawing(next(str(a["src"]) for tag, a in reader.tags if tag == "img"))
+    assert width_px(narrow) * 0.9 < 390 - 32 < width_px(narrow) * 1.1 and 700 < width_px(wide) < 1000
+    for text in (narrow, wide):
+        words = re.sub(r"\s+", " ", text)
+        for said in (
+            "latency (ms per output token)",
+            "KL divergence from the dense model (nats per token)",
+            "the answer, measured",
+        ):
+            assert f"<!-- {said} -->" in words, said
+    assert page(data()) == page(data())
+
+
+def drawing(source: str) -> str:
+    """The SVG of a data URL; matplotlib notes every text that it draws in a comment."""
+    return base64.b64decode(source.partition("base64,")[2]).decode()
+
+
+def width_px(svg: str) -> float:
+    """Of a drawing, at 96 px an inch."""
+    (points,) = re.findall(r'<svg [^>]*width="([\d.]+)pt"', svg)
+    return float(points) * 96 / 72
+
+
+def test_names_from_outside_are_no_mathematics() -> None:
+    entries = (*data().measured[:1], Entry(candidate("a $x_{$ b", 0.2, 5.0), "chosen"))
+    assert draw(data(measured=entries, model="m $\\frac$ n", predicted=()))
 
 
 def test_the_map_shows_every_site(reader: Reader) -> None:
@@ -239,12 +278,30 @@ def test_candidate_tables() -> None:
     lines = candidate_table(data().measured).text().splitlines()
     assert "latency, measured (ms)" in lines[0] and "KL, measured (nats/token)" in lines[0] and "perplexity" in lines[0]
     assert [line.split()[0] for line in lines[2:]] == ["other", "the", "uniform", "dense"]
+    assert "of dense (x)" in lines[0] and "± standard error" in lines[0] and "top-1 agreement (%)" in lines[0]
+    assert "meets 0.6x" in lines[0] and [line.split().count("yes") for line in lines[2:]] == [1, 1, 1, 0]
+    assert [row["ratio"] for row in candidate_table(data().measured).rows] == [0.5, 0.55, pytest.approx(0.57), 1.0]
     assert "measured, report" in lines[2]
     row = predicted_table(data().predicted).json()[0]
-    assert row["kl_stderr"] is None and row["label"] == "predicted" and row["size_bytes"] == 4 * 2**20
+    assert "kl_stderr" not in row and row["label"] == "predicted" and row["size_bytes"] == 4 * 2**20
 
 
 def test_a_latency_that_another_run_measured_says_so() -> None:
     own, other = Entry(candidate("own", 0.1, 5.0), "search"), Entry(candidate("other", 0.2, 4.0), "search", rescaled=True)
     labels = {row["name"]: row["label"] for row in candidate_table([own, other]).rows}
     assert labels == {"own": "measured, report", "other": "measured, report, ratio of another run"}
+
+
+def test_the_terminal_shows_a_study_in_100_columns() -> None:
+    long = "74 w4a8-g64-asym + 46 w8a8-token #3fa2 and whatever else there is to say of it in a name"
+    met = (("0.6x", True), ("ttft=200ms", None), ("size=100MB", False))
+    extra = Entry(candidate(long, 0.0213, 5.2, kl_stderr=0.0001, scores={"perplexity": 21.0, TOP1: 0.95}), "search", True, met)
+    lines = measured_text(data(measured=(*data().measured, extra))).splitlines()
+    assert max(map(len, lines[:-2])) <= WIDTH == 100
+    table = {line.split("  ")[0].strip(): line for line in lines[3:8]}
+    assert set(table) == {"1", "2", "3*", "4", "5"}
+    assert re.search(r"74 w4a8.*…\s+5\.20 ±2%\s+0\.52x\s+0\.0213 ±0\.5%\s+95\.0%\s+\+5\.0%\s+5\.2\s+yes\s+–\s+no$", table["2"])
+    assert re.search(r"the mix\s+5\.50 ±2%\s+0\.55x\s+0\.123 ±8%\s+97\.5%\s+\+12\.5%", table["3*"])
+    assert "half its 95 % interval" in lines[-2] and "standard error" in lines[-2]
+    assert lines[-1] == "* the answer; ° of another run of this study, by its ratio to dense"
+    assert all(len(line) <= WIDTH for line in wrapped(["word " * 60, "one"]).splitlines())

@@ -31,7 +31,7 @@ from profilers import end_to_end
 from profilers.runtime import dense_candidates
 from search.config import RunConfig, default_cache
 from search.files import content_key
-from search.prepared import SiteOptions
+from search.prepared import SiteOptions, by_format
 from search.pricing import price, priced_sites
 from search.progress import Progress
 from search.report.honesty import Pair, draw_pairs, latency_panel
@@ -144,7 +144,7 @@ class Benchmark:
             dense = dense_candidates(engine)
             policies = list(random_policies(self.sites[0], self.options.policies, self.options.seed))
             for turn, (number, policy) in itertools.product(range(self.options.turns), enumerate(policies)):
-                if policy.key() in fitted or (workload.name, policy.key(), turn) in done:
+                if {policy.key(), by_format(policy).key()} & fitted or (workload.name, policy.key(), turn) in done:
                     continue
                 model = engine.stand_in(formats_of(policy))
                 result = self._result(place, turn, fit, policy, dense[fit["dense_name"]], model)
