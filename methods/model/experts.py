@@ -8,6 +8,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from methods.model.trace import blind
 from methods.model.weights import weight_of
 
 STOCK_LAYOUT = {
@@ -115,7 +116,9 @@ def experts_per_token(model: nn.Module, ids: Tensor) -> int:
 
     handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in model.modules() if isinstance(m, UnfusedExperts)]
     try:
-        if handles:
+        if handles and next(model.parameters()).is_meta:
+            blind(ids, lambda given: model(input_ids=ids.to("meta"), use_cache=False, **given))
+        elif handles:
             model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:

@@ -100,3 +100,10 @@ def test_while_planning_a_compiler_is_enough(monkeypatch: pytest.MonkeyPatch) ->
 
 def _no_compiler(_: object) -> Any:
     raise NoCompiler("no C++ compiler found")
+
+
+@pytest.mark.usefixtures("nothing_is_done")
+def test_a_model_with_experts_is_planned_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny(tmp_path / "model", "qwen3-moe")
+    assert dry(model, tmp_path, "--latency", "0.9x", "--formats", "w8a8-token") == 0
+    assert "weights were read" not in json.loads(capsys.readouterr().out)["model"]

@@ -128,6 +128,7 @@ def test_export_and_materialize_need_no_device_and_no_text(box: Path, tmp_path: 
 
     monkeypatch.setattr("search.session.resolve", gone)
     monkeypatch.setattr("search.session.roles_from_tokens", gone)
+    monkeypatch.setattr("search.session.roles_from_text", gone)
     try:
         answer = saved_answer(folder)
         name = next(item.name for item in answer.finalists if item.policy.sites and not item.recompressed)

@@ -68,6 +68,7 @@ def test_what_no_policy_reaches_is_refused_before_text_and_calibration(
 
     monkeypatch.setattr("search.prepare.calibrate", never)
     monkeypatch.setattr("search.session.generate_tokens", never)
+    monkeypatch.setattr("search.session.roles_from_text", never)
     assert run(model, tmp_path, *flags) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert named in error and "cannot be met" in error
