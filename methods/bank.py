@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,6 +100,25 @@ class Described:
     site: str
     decision: str
     linears: Mapping[str, Linear]
+
+
+class Kept(Mapping[str, Edit]):
+    """A policy's edits by site, each read from a bank when it is asked for, so that no second model of decoded weights is held.
+
+    Raises KeyError and ValueError as `Bank.get` does, when an edit is read.
+    """
+
+    def __init__(self, bank: Bank, decisions: Mapping[str, Decision]) -> None:
+        self._bank, self._decisions = bank, decisions
+
+    def __getitem__(self, site: str) -> Edit:
+        return self._bank.get(site, self._decisions[site])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._decisions)
+
+    def __len__(self) -> int:
+        return len(self._decisions)
 
 
 def read_edit(path: Path) -> tuple[Described, dict[str, Tensor]]:

@@ -45,7 +45,7 @@ def sweep(
 
     batches: token ids (b, t) of one shape. needs: by site; a site that is absent, or needs nothing, gets no statistics.
     stats: by layer name; layers that share an input share one object; an expert that no token reached has n_tokens = 0 and zeros.
-    Where visit returns edits (by site) they are installed before the block's outputs are passed on, so that later blocks see
+    Where visit returns edits (by site) they are installed while the block's outputs are made, so that later blocks see
     the compressed prefix; otherwise the dense outputs are passed on. Blocks before `start`, and those that `skip` names, are
     run as they are and not visited: so a sweep resumes. At the end, or when visit raises, the model is as it was before.
     dense: `visit` never returns edits (ValueError if it does), so that the hidden states are kept once, those behind a block in the
@@ -87,6 +87,7 @@ def sweep(
             for name, edit in edits.items():
                 installer.install(name, edit)
             now = [runner.run(block, h) for h in streams.now] if edits or after is None else after.now
+            installer.restore()  # the block's outputs are made: its weights need not stay beside the model's own
             streams = _Streams(now, now if after is None or block >= last else after.dense)
 
 

@@ -34,6 +34,9 @@ BATCH = 4
 N_CERTAIN = 2
 """Candidates that are evaluated whatever is left of the budget: the solver's and a simple policy."""
 
+LONG_S = 300.0
+"""Seconds of true evaluations that are announced."""
+
 N_SIMPLE = 2
 """Simple policies of mixed kind (ends, kinds) that are evaluated besides the uniform ones."""
 
@@ -217,7 +220,10 @@ def explore(
     with progress.bar("true evaluations") as update:
         for index, candidate in enumerate(must):
             if index < N_CERTAIN or not truth.budget.spent():
+                began, done_before = time.monotonic(), truth.n_new
                 strategy.tell([search.evaluate(*candidate)])
+                if truth.n_new > done_before == before_now:  # the first that was not known
+                    progress.say(announcement(time.monotonic() - began, total - index - 1, config))
             update(index + 1, total, index + 1 - (truth.n_new - before_now))
         proposed = 0
         while proposed < config.evaluations and not truth.budget.spent():
@@ -232,6 +238,17 @@ def explore(
                 done = len(must) + proposed
                 update(done, total, done - (truth.n_new - before_now))
     return search.promoted(config.finalists)
+
+
+def announcement(each_s: float, left: int, config: RunConfig) -> str:
+    """What the evaluations that follow take and how to have fewer, where it is long; "" otherwise."""
+    seconds = each_s * left
+    if seconds < LONG_S or config.budget:
+        return ""
+    return (
+        f"{left} more true evaluations of {each_s:.0f} s each: about {seconds / 60:.0f} minutes; --budget 10m ends them in time, "
+        "--evaluations makes them fewer"
+    )
 
 
 def _promise(preset: Preset, prepared: Prepared, budget_ms: float) -> tuple[bool, float]:

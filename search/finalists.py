@@ -339,12 +339,12 @@ class Judge:
         again = self._quality("validate", "validating it recompressed", policy, True, lambda: self.recompressed(policy))
         return _judged(finalist, again, recompressed=True) if again.kl < finalist.kl else finalist
 
-    def recompressed(self, policy: Policy) -> dict[str, Edit]:
+    def recompressed(self, policy: Policy) -> Edits:
         """The policy's weights made in order, kept in the study."""
         bank = ordered_bank(self._session, policy)
         return compress_in_order(self._session, policy, bank, "recompressing in order")
 
-    def edits(self, finalist: Finalist) -> dict[str, Edit]:
+    def edits(self, finalist: Finalist) -> Edits:
         """The weights that were judged: these are materialised and exported."""
         return self.recompressed(finalist.policy) if finalist.recompressed else self._session.edits(finalist.policy)
 

@@ -212,7 +212,7 @@ def cache_format(policy: Policy, structure: Structure) -> CacheFormat | None:
     return fmt
 
 
-def _compressed(session: Session, policy: Policy) -> dict[str, Edit]:
+def _compressed(session: Session, policy: Policy) -> Mapping[str, Edit]:
     """The policy's edits made in order, with a line of progress for every block."""
     structure, progress = session.loaded.structure, session.progress
     began = time.monotonic()
@@ -234,7 +234,7 @@ def _unfinished(session: Session, policy: Policy) -> Path:
     return session.config.cache_folder / "materialized" / key
 
 
-def _from_study(session: Session, file: policy_file.PolicyFile) -> dict[str, Edit]:
+def _from_study(session: Session, file: policy_file.PolicyFile) -> Mapping[str, Edit]:
     sites = Policy(file.policy.sites)
     bank = ordered_bank(session, sites) if file.weights_algo.get("in_order") else session.bank
     try:

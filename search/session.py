@@ -12,7 +12,7 @@ import torch
 
 from methods import catalogue
 from methods.apply import site_view
-from methods.bank import Bank
+from methods.bank import Bank, Kept
 from methods.formats.format import Format, parse_format
 from methods.formats.halves import in_halves
 from methods.method import Edit
@@ -235,10 +235,10 @@ class Session:
         """What installs policies into the model."""
         return Switch(self.model, self.loaded.structure, self.edit)
 
-    def edits(self, policy: Policy) -> dict[str, Edit]:
-        """The edits of all sites that a policy compresses."""
+    def edits(self, policy: Policy) -> Mapping[str, Edit]:
+        """The edits of all sites that a policy compresses, each read from the bank when it is asked for."""
         sites = [site.name for site in self.loaded.structure.sites]
-        return {site: self.edit(site, policy.at(site)[0]) for site in sites if policy.at(site)[0] != DENSE}
+        return Kept(self.bank, {site: policy.at(site)[0] for site in sites if policy.at(site)[0] != DENSE})
 
     def norm_of(self, site: Site) -> Any:
         """The norm that a scale at this site would fold into, or None."""

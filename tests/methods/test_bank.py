@@ -1,11 +1,12 @@
 """The bank gives back what was put, or says clearly that it cannot."""
 
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
-from methods.bank import Bank
+from methods.bank import Bank, Kept
 from methods.formats.format import parse_format
 from methods.formats.numerics import Compressed, decode_grid, payload_bits
 from methods.formats.sides import columns, low_rank
@@ -153,3 +154,20 @@ def test_clear_deletes_the_banks_files_only(tmp_path: Path) -> None:
     bank.clear()
     assert not bank.has(SITE, decision) and bank.size_bytes() == 0
     assert (tmp_path / "notes.txt").read_text() == "keep"
+
+
+def test_a_policys_edits_are_read_one_by_one_and_never_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, decisions = Bank(tmp_path / "bank"), {f"site.{i}": Decision.of("rtn", format="w4a8-g48") for i in range(3)}
+    for index, (site, decision) in enumerate(decisions.items()):
+        bank.put(site, decision, edit("w4a8-g48", index))
+    read: list[str] = []
+    get = bank.get
+    monkeypatch.setattr(bank, "get", lambda site, decision: read.append(site) or get(site, decision))
+    kept = Kept(bank, decisions)
+    assert list(kept) == list(decisions) and len(kept) == 3 and not read
+    assert same(kept["site.1"], edit("w4a8-g48", 1)) and read == ["site.1"]
+    held = [weakref.ref(found.linears["model.q"].dense) for found in kept.values()]
+    assert read[1:] == list(decisions) and all(reference() is None for reference in held[:-1])
+    bank.path("site.2", decisions["site.2"]).unlink()
+    with pytest.raises(KeyError, match=r"site\.2"):
+        _ = kept["site.2"]

@@ -140,6 +140,22 @@ def test_edits_reach_the_blocks_after_them():
     assert not torch.allclose(plain[names[0]].sample, found[names[0]].sample, atol=1e-2)
 
 
+def test_blocks_that_are_done_give_their_weights_back():
+    """At every visit the model has its own weights in all blocks: compressed copies of one block at a time lie beside them."""
+    model, batches = tiny_model("llama"), _batches()
+    structure = describe(model)
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    seen: list[int] = []
+
+    def visit(block, stats):
+        seen.append(block)
+        assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+        return _halved(model, structure, block)
+
+    sweep(model, structure, batches, _everything(structure), visit)
+    assert seen == [0, 1, 2]
+
+
 def test_a_sweep_resumes():
     model, batches = tiny_model("neox"), _batches()
     structure = describe(model)

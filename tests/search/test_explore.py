@@ -13,7 +13,7 @@ from methods.policy import Decision, Policy
 from search.budget import Budget
 from search.config import RunConfig
 from search.evaluate import NotFinite, Quality
-from search.explore import FIRST_STAGE, Truth, _Search
+from search.explore import FIRST_STAGE, Truth, _Search, announcement
 from search.progress import Progress
 from search.study import Store, TrialRecord
 
@@ -135,3 +135,8 @@ def test_a_trial_is_what_was_evaluated(tmp_path: Path) -> None:
     assert truth.quality("name", POLICIES[1], 99).kl == pytest.approx(0.2)
     (record,) = store.records()
     assert isinstance(record, TrialRecord) and record.n_tokens == 48 and record.latency_ms == 4.0 and record.name == "name"
+
+
+def test_long_evaluations_are_announced_with_the_way_to_have_fewer() -> None:
+    assert announcement(60.0, 25, RunConfig()).startswith("25 more true evaluations of 60 s each: about 25 minutes; --budget")
+    assert announcement(60.0, 2, RunConfig()) == "" and announcement(60.0, 25, RunConfig(budget="10m")) == ""
