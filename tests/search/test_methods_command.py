@@ -53,7 +53,7 @@ def test_the_command_line_shows_all_one_and_json(capsys) -> None:
     assert [row["name"] for row in json.loads(capsys.readouterr().out)] == [*METHODS, *MODEL_METHODS]
     assert main(["methods", "gptq", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert (row["class"], row["stage"], row["needs"], row["simulated"]) == ("rounding", "quantize", ["hessian"], "")
+    assert (row["class"], row["stage"], row["needs"], row["simulated"]) == ("rounding", "quantize", ["first", "hessian"], "")
     assert row["knobs"]["act_order"] == {"default": True, "allowed": "true or false"}
     assert main(["methods", "gtpq"]) == 2
     assert "did you mean gptq" in capsys.readouterr().err
