@@ -130,8 +130,11 @@ def test_on_the_target_it_is_measured_and_confirmed(study: Path, capsys) -> None
         assert main(["validate", str(study), "--on", "cpu"]) == 2
 
 
-def test_what_does_not_hold_on_the_target_is_solved_again(study: Path, box: Path, capsys) -> None:
-    """A tiny model gets no faster here, so that the objective is out of reach, and the study says so."""
+def test_what_does_not_hold_on_the_target_is_solved_again(
+    study: Path, box: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no finalist holds when measured, whatever this machine's timings are, its own table decides, and the study says so."""
+    monkeypatch.setattr("search.validate._measured", lambda *_: None)
     assert main(["validate", str(study), "--on", "cpu"]) in (0, 1)
     assert "solving again" in capsys.readouterr().err
     answer = saved_answer(study)
