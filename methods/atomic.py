@@ -6,15 +6,32 @@ import contextlib
 import hashlib
 import os
 import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from methods.locks import try_lock
 
 _PART = ".part"
 """Ends the name, which starts with a dot, of what is not finished; whoever makes it holds its lock."""
+
+_DAMAGED = ".damaged-"
+"""Begins the name of what was moved aside."""
+
+Made = TypeVar("Made")
+
+
+def _beside(path: Path, make: Callable[[Path], Made]) -> tuple[Path, Made]:
+    """What `make` makes under a hidden name beside `path` that nobody has yet, with the modes that the umask leaves."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PART}")
+        try:
+            return part, make(part)
+        except FileExistsError:
+            continue
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,18 +44,16 @@ def write_bytes(path: Path, data: bytes) -> None:
 
     Raises OSError that names `path`, where the disk is full for example; the old file is left then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
+    part, file = _beside(path, lambda part: part.open("xb"))
     try:
-        with os.fdopen(handle, "wb") as file:
-            try_lock(handle)
+        with file:
+            try_lock(file.fileno())
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
+            part.replace(path)
     except BaseException as error:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
@@ -47,8 +62,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def staging_folder(path: Path) -> Iterator[Path]:
     """A hidden folder beside `path` to make it in; gone when the block ends, unless it was renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent))
+    staging, _ = _beside(path, Path.mkdir)
     handle = os.open(staging, os.O_RDONLY)
     try:
         try_lock(handle)
@@ -60,13 +74,13 @@ def staging_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` when the block ends and disappears if it raises.
+    """A folder to fill, which becomes `folder` when the block ends and disappears if it raises: whatever is to be checked of it is
+    checked inside.
 
     Raises FileExistsError where `folder` holds something already: nothing is overwritten; OSError that names `folder` where a library
     could not write into it, whatever that library raised.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty; remove it or choose another folder")
+    check_free(folder)
     with staging_folder(folder) as staging:
         try:
             yield staging
@@ -75,8 +89,30 @@ def new_folder(folder: Path) -> Iterator[Path]:
             if number is None:
                 raise
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
-        staging.chmod(0o755)
+        _share(staging)
         staging.replace(folder)
+
+
+def check_free(folder: Path) -> None:
+    """Raises FileExistsError where there is something that a new folder would overwrite; an empty folder is nothing."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty; remove it or choose another folder")
+
+
+def _share(folder: Path) -> None:
+    """Lets everyone read the files below who may read the folder: some libraries write theirs for their own account alone."""
+    mode = folder.stat().st_mode
+    for path in folder.rglob("*"):
+        own = path.stat().st_mode
+        path.chmod(own | mode & (0o777 if path.is_dir() else 0o666))
+
+
+def set_aside(path: Path) -> Path:
+    """Renames what is damaged to a hidden name beside it, `.damaged-NAME`, with a number where that is taken; returns the new path."""
+    names = (f"{_DAMAGED}{path.name}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
+    aside = next(place for name in names if not (place := path.with_name(name)).exists())
+    path.rename(aside)
+    return aside
 
 
 def remove_abandoned(folder: Path) -> int:
