@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -16,6 +17,9 @@ from methods.locks import try_lock
 
 _PART = ".part"
 """Ends the name, which starts with a dot, of what is not finished; whoever makes it holds its lock."""
+
+SEAL = "checksums.json"
+"""The SHA-256 of every other file of a folder, by its path in it; folders of earlier versions have none."""
 
 _DAMAGED = ".damaged-"
 """Begins the name of what was moved aside."""
@@ -105,6 +109,30 @@ def _share(folder: Path) -> None:
     for path in folder.rglob("*"):
         own = path.stat().st_mode
         path.chmod(own | mode & (0o777 if path.is_dir() else 0o666))
+
+
+def seal(folder: Path) -> None:
+    """Writes the checksums of all files of a folder into it, as the last thing that is done to it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+    write_text(folder / SEAL, json.dumps(sums, indent=1) + "\n")
+
+
+def broken_seal(folder: Path) -> str:
+    """Which file of a folder is not what was sealed, "" where none is or nothing was sealed; files that were added do not matter."""
+    try:
+        sums = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ""
+    except ValueError as error:
+        return f"{SEAL} is damaged ({error})"
+    if not isinstance(sums, dict):
+        return f"{SEAL} is damaged: no JSON object"
+    missing = next((name for name in sums if not (folder / name).is_file()), "")
+    if missing:
+        return f"{missing} is missing"
+    changed = next((name for name, digest in sums.items() if sha256(folder / name) != digest), "")
+    return f"{changed} was changed after it was written" if changed else ""
 
 
 def set_aside(path: Path) -> Path:
