@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from methods.atomic import write_bytes
+from methods.errors import InputError
 from methods.formats.format import parse_format
 from methods.formats.numerics import Compressed
 from methods.formats.stored import packed, unpacked
@@ -24,7 +25,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _VERSION = "1"
-_AGAIN = "delete it and compute it again"
+
+_FILES = "*/[!.]*.safetensors"
+"""A bank's files, by the pattern of their paths in it: hidden ones are being written."""
+
+
+class MissingEdit(KeyError):
+    """An edit that a bank does not hold."""
+
+
+class DamagedEdit(InputError):
+    """A bank's file that does not hold what was put there. path: of the file; without it, the edit counts as never made."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(f"{path} is damaged ({problem}); delete it and compute it again")
+        self.path = path
 
 
 class Bank:
@@ -42,19 +57,19 @@ class Bank:
         return self.path(site, decision).exists()
 
     def get(self, site: str, decision: Decision) -> Edit:
-        """The edit; raises KeyError where there is none, and ValueError where the file is damaged or is another one's."""
+        """The edit; raises MissingEdit where there is none, and DamagedEdit where the file is damaged or is another one's."""
         path = self.path(site, decision)
         if not path.exists():
-            raise KeyError(f"the bank {self._folder} holds no {decision.label} of {site}")
+            raise MissingEdit(f"the bank {self._folder} holds no {decision.label} of {site}")
         described, tensors = read_edit(path)
         with contextlib.suppress(OSError):  # a bank that may only be read serves as well
             os.utime(path)
         if (described.site, described.decision) != (site, decision.label):
-            raise ValueError(f"{path} holds {described.decision} of {described.site}; delete it and compute it again")
+            raise DamagedEdit(path, f"it holds {described.decision} of {described.site}")
         try:
             linears = {name: _unpacked(name, layer, tensors) for name, layer in described.linears.items()}
         except (ValueError, LookupError, RuntimeError) as error:
-            raise ValueError(f"{path} does not hold what it says ({error}); {_AGAIN}") from error
+            raise DamagedEdit(path, f"it does not hold what it says: {error}") from error
         return Edit(linears, {name.removeprefix("tensor/"): t for name, t in tensors.items() if name.startswith("tensor/")})
 
     def put(self, site: str, decision: Decision, edit: Edit) -> None:
@@ -73,11 +88,11 @@ class Bank:
 
     def size_bytes(self) -> int:
         """Bytes of all files of the bank."""
-        return sum(path.stat().st_size for path in self._folder.glob("*/*.safetensors"))
+        return sum(path.stat().st_size for path in self._folder.glob(_FILES))
 
     def clear(self) -> None:
         """Deletes the bank's files, and nothing else that may lie in its folder."""
-        for path in self._folder.glob("*/*.safetensors"):
+        for path in self._folder.glob(_FILES):
             path.unlink()
 
     def path(self, site: str, decision: Decision) -> Path:
@@ -105,7 +120,7 @@ class Described:
 class Kept(Mapping[str, Edit]):
     """A policy's edits by site, each read from a bank when it is asked for, so that no second model of decoded weights is held.
 
-    Raises KeyError and ValueError as `Bank.get` does, when an edit is read.
+    Raises MissingEdit and DamagedEdit as `Bank.get` does, when an edit is read.
     """
 
     def __init__(self, bank: Bank, decisions: Mapping[str, Decision]) -> None:
@@ -122,7 +137,7 @@ class Kept(Mapping[str, Edit]):
 
 
 def read_edit(path: Path) -> tuple[Described, dict[str, Tensor]]:
-    """What a bank's file says that it holds, and its tensors; raises ValueError where the file is damaged or of another version."""
+    """What a bank's file says that it holds, and its tensors; raises DamagedEdit where the file is damaged or of another version."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -130,11 +145,25 @@ def read_edit(path: Path) -> tuple[Described, dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a safe_open is no mapping)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and compute it again") from error
+        raise DamagedEdit(path, str(error)) from error
     spec = metadata.get("edit", "")
     if metadata.get("version") != _VERSION or metadata.get("sha256") != tensors_digest(spec, tensors):
-        raise ValueError(f"{path} is damaged or of another version: its checksum does not fit; delete it and compute it again")
-    return read(Described, json_of(spec, path, _AGAIN), path, _AGAIN), tensors
+        raise DamagedEdit(path, "its checksum does not fit, or it is of another version")
+    try:
+        return read(Described, json_of(spec, path), path), tensors
+    except InputError as error:
+        raise DamagedEdit(path, str(error).removeprefix(f"{path}: ")) from error
+
+
+def damaged_files(folder: Path) -> list[Path]:
+    """The files of a bank that are not what was put there; reads all of them."""
+    damaged = []
+    for path in sorted(folder.glob(_FILES)):
+        try:
+            read_edit(path)
+        except DamagedEdit:
+            damaged.append(path)
+    return damaged
 
 
 def _file_name(text: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
@@ -145,12 +145,14 @@ def write(
     """Writes a checkpoint in one step: `folder` appears whole or not at all.
 
     edits: by site, exactly what the policy decides (`check_edits`); they may be installed in the model or not.
-    Raises FileExistsError where `folder` holds something, ValueError for a policy or edits that do not fit the model.
+    Raises FileExistsError where `folder` holds something, ValueError for a policy or edits that do not fit the model, and where what
+    was written does not read back as the same.
     """
     from safetensors.torch import save_file
 
     structure = loaded.structure
     check_edits(file.policy, structure, edits)
+    rest = remaining_tensors(loaded.model, structure, edits)
     marker: dict[str, Any] = {
         "schema": SCHEMA,
         "dtype": structure.dtype,
@@ -165,11 +167,82 @@ def write(
         loaded.model.config.save_pretrained(staging)
         write_tokenizer(loaded.tokenizer, staging)
         atomic.write_text(staging / _POLICY, policy_file.render(file, structure))
-        save_file(remaining_tensors(loaded.model, structure, edits), staging / _TENSORS, metadata={"format": "pt"})
+        save_file(rest, staging / _TENSORS, metadata={"format": "pt"})
         save_file(dict(_payload(edits)), staging / _PAYLOAD, metadata={"format": "pt"})
         marker["files"] = {path.name: atomic.sha256(path) for path in sorted(staging.iterdir())}
         marker["digest"] = _marker_digest(marker)
         atomic.write_text(staging / MARKER, json.dumps(marker, indent=1, sort_keys=True) + "\n")
+        problem = _misread(staging, structure, rest, edits)
+        if problem:
+            raise ValueError(f"{folder}: the checkpoint does not read back as what was evaluated: {problem}")
+
+
+def _misread(folder: Path, structure: Structure, rest: Mapping[str, Tensor], edits: Mapping[str, Edit]) -> str:
+    """What a checkpoint that was just written gives back otherwise than it was, "" where nothing; without a second model in memory."""
+    if not _holds(folder / _TENSORS, rest.items()):
+        return f"{_TENSORS} holds other tensors"
+    if not _holds(folder / _PAYLOAD, _payload(edits)):
+        return f"{_PAYLOAD} holds other tensors"
+    changed = next(_decoded_otherwise(folder, edits), "")
+    if changed:
+        return f"{changed} decodes to other weights"
+    with torch.device("meta"):
+        model = _untrained(folder)
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    if (head is embedding) != structure.tied:
+        return f"its config.json makes the head {'the embedding' if head is embedding else 'a tensor of its own'}"
+    found = {*rest, *(name for edit in edits.values() for name in edit.tensors)}
+    found |= {f"{name}.weight" for edit in edits.values() for name in edit.linears}
+    wanted = set(model.state_dict()) - ({f"{structure.head}.weight"} if structure.tied else set())
+    # Fused experts have other names, and unfusing them takes a model that computes.
+    experts = tuple(site.name.partition("*")[0] for site in structure.sites if "*" in site.name)
+    differing = sorted(name for name in found ^ wanted if not name.startswith(experts))
+    return f"{differing[0]} is in the {'files' if differing[0] in found else 'model of config.json'} alone" if differing else ""
+
+
+def _decoded_otherwise(folder: Path, edits: Mapping[str, Edit]) -> Iterator[str]:
+    """The linears that a checkpoint gives back with other weights than their edits hold."""
+    from safetensors import safe_open
+
+    marker = _read_marker(folder)
+    with safe_open(folder / _PAYLOAD, framework="pt") as file:
+        for site, edit in edits.items():
+            for name, compressed in edit.linears.items():
+                entry = marker["sites"][site]["linears"][name]
+                payload = {f"{name}.{part}": file.get_tensor(f"{name}.{part}") for part in entry["parts"]}
+                if not torch.equal(_read_linear(name, entry, payload).dense, compressed.dense):
+                    yield name
+
+
+def _holds(path: Path, expected: Iterable[tuple[str, Tensor]]) -> bool:
+    """Whether a file holds these tensors and no others, bit for bit, NaN included."""
+    from safetensors import safe_open
+
+    def raw(tensor: Tensor) -> Tensor:
+        return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+    with safe_open(path, framework="pt") as file:
+        left = set(file.keys())
+        for name, tensor in expected:
+            if name not in left:
+                return False
+            left.remove(name)
+            found = file.get_tensor(name)
+            if (found.dtype, found.shape) != (tensor.dtype, tensor.shape) or not torch.equal(raw(found), raw(tensor)):
+                return False
+    return not left
+
+
+def problem(folder: Path, edits: Mapping[str, Edit]) -> str:
+    """Why a folder is not the checkpoint of these edits: damaged, or other weights; "" where it is."""
+    try:
+        marker = _read_marker(folder)
+    except CorruptCheckpoint as error:
+        return str(error).partition("; write")[0]
+    stored = {name: entry["format"] for site in marker["sites"].values() for name, entry in site["linears"].items()}
+    wanted = {name: compressed.format.name for edit in edits.values() for name, compressed in edit.linears.items()}
+    whole = stored == wanted and _holds(folder / _PAYLOAD, _payload(edits))
+    return "" if whole else f"{folder} holds other weights than those that were evaluated"
 
 
 def _site_entry(edit: Edit) -> dict[str, Any]:
@@ -268,14 +341,21 @@ def load_dense(folder: Path) -> LoadedModel:
 
 def _build(folder: Path) -> tuple[Any, Any]:
     """The model of the folder's configuration with random weights, experts unfused, and the tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with quiet(), torch.random.fork_rng(devices=[]):
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=[]):
+        model = _untrained(folder)
+    with quiet():
         tokenizer = read_tokenizer(folder)
     unfuse_experts(model)
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _untrained(folder: Path) -> Any:
+    """The model of the folder's configuration, as transformers makes it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with quiet():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
 
 
 def _dense_state(stored: Stored, structure: Structure) -> dict[str, Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,8 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NotRequired, Self, TypedDict
 
-from methods.atomic import write_text
+from methods.atomic import write_bytes, write_text
 from methods.errors import InputError
+from methods.locks import try_lock
 from methods.typed import AtLeastOne, Count, Positive, json_of, read
 from profilers.kernels.build import kernel_folder
 from profilers.operators import contenders
@@ -24,6 +27,8 @@ SCHEMA = 3
 """1 had no device kind, no provenance, no checks and no checksums, 2 no implementations and no blocks; both are still read."""
 
 KIND = "isolatency latency table"
+
+_LOG = logging.getLogger(__name__)
 
 
 class TableError(InputError):
@@ -137,11 +142,12 @@ class LatencyTable:
     def open(cls, folder: Path, target: Target) -> Self:
         """The table of a target: `folder/FINGERPRINT.jsonl`, created where it is missing; an absent target's is where it was found.
 
-        Raises TableError on a corrupt file, another machine's, or a newer schema.
+        A damaged line of a machine that is here is left out with a warning, for it is measured again. Raises TableError on a file that
+        is damaged as a whole, another machine's, or of a newer schema.
         """
         path = target.table or folder / f"{target.fingerprint}.jsonl"
         if path.exists():
-            table = cls.read(path)
+            table = cls._mended(path) if target.present and path.suffix != ".parquet" else cls.read(path)
             if table.fingerprint != target.fingerprint:
                 raise TableError(
                     f"{path}: measured on another machine ({table.description}), not on {target.description}; remove the file"
@@ -169,15 +175,40 @@ class LatencyTable:
     @classmethod
     def load(cls, path: Path) -> Self:
         """A table from its lines. A last line that was cut short is left out: it was being written when the run ended."""
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise TableError(f"{path}: cannot be read as a latency table ({error}); remove it to measure again") from error
-        header = check_header(path, _parse(path, 1, lines[0]))
-        table = cls(header["fingerprint"], header["description"], path, header=header)
-        for number, line in enumerate(lines[1:-1], 2):
-            table._take(path, number, _parse(path, number, line))
+        table, damaged = cls._sound(path)
+        if damaged:
+            raise next(iter(damaged.values()))
         return table
+
+    @classmethod
+    def _mended(cls, path: Path) -> Self:
+        """A table without its damaged lines, as long as most lines are sound; they are cut out of the file unless someone is writing it."""
+        table, damaged = cls._sound(path)
+        if not damaged:
+            return table
+        if len(damaged) > len(table.rows) + len(table.checks):
+            raise next(iter(damaged.values()))
+        for error in damaged.values():
+            _LOG.warning("%s; the line is left out, and what it held is measured again", str(error).rpartition(";")[0])
+        with contextlib.suppress(OSError), (path.parent / "timing.lock").open("a+") as lock:
+            if try_lock(lock.fileno()):
+                _, lines = _lines(path)
+                bad = set(cls._sound(path)[1])
+                write_bytes(path, b"".join(line + b"\n" for number, line in enumerate(lines, 1) if number not in bad))
+        return table
+
+    @classmethod
+    def _sound(cls, path: Path) -> tuple[Self, dict[int, InputError]]:
+        """A table of a file's sound lines, and by number what is wrong with the others."""
+        header, lines = _lines(path)
+        table = cls(header["fingerprint"], header["description"], path, header=header)
+        damaged = {}
+        for number, line in enumerate(lines[1:], 2):
+            try:
+                table._take(path, number, _parse(path, number, line))
+            except InputError as error:
+                damaged[number] = error
+        return table, damaged
 
     @property
     def folder(self) -> Path:
@@ -187,7 +218,7 @@ class LatencyTable:
     def refresh(self) -> None:
         """Takes over the rows that other runs have measured since; a table in memory has no others."""
         if self.path is not None:
-            self.rows.update(self.load(self.path).rows)
+            self.rows.update(self._sound(self.path)[0].rows)
 
     def add(self, rows: Iterable[Row]) -> None:
         """Keeps rows and writes them through to the disk; the caller holds the lock of the table's folder where others may add too."""
@@ -272,6 +303,15 @@ class LatencyTable:
             self._keep(read(Row, record, line, _AGAIN))
 
 
+def _lines(path: Path) -> tuple[Header, list[bytes]]:
+    """The header of a table's file, checked, and all its lines but one that was cut short at the end."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise TableError(f"{path}: cannot be read as a latency table ({error}); remove it to measure again") from error
+    return check_header(path, _parse(path, 1, lines[0])), lines[:-1]
+
+
 def header_of(target: Target) -> dict[str, Any]:
     """What a table's file says of its device, so that it can be known and used elsewhere."""
     import numpy
@@ -307,7 +347,7 @@ def check_header(path: Path, header: Any) -> Header:
     return read(Header, header, f"{path}: header", _AGAIN)
 
 
-def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     data = json_of(line, f"{path}: line {number}", _AGAIN)
     if not isinstance(data, dict):
         raise TableError(f"{path}: line {number} is not a row; remove the file to measure again")

@@ -163,10 +163,13 @@ def _size(paths: Iterable[Path]) -> int:
 
 
 def _model(path: Path) -> str:
+    from methods.atomic import broken_seal
     from methods.model.gguf import ORIGIN
 
     if not (path / ORIGIN).is_file():
         return f"it has no {ORIGIN}: it was never finished"
+    if problem := broken_seal(path):
+        return f"it is damaged: {problem}"
     return next((problem for file in path.glob("*.safetensors") if (problem := _tensors(file))), "")
 
 

@@ -9,14 +9,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from profilers.workload import LENGTHS
 from search import machines
 from search.config import ConfigError, add_flags, check_range, default_cache, from_arguments
-from search.endings import Parser, Terminated, Version, ended_by, interrupted, stopped_by_term
+from search.endings import Parser, Terminated, Version, ended_by, interrupted, status, stopped_by_term
 from search.files import plain
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point: 0 for success, 1 for an objective not met, 2 for bad input, 3 for an internal error, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Entry point; returns one of `search.endings.EXIT_CODES`."""
     parser = _parser()
     parsed = parser.parse_args(arguments)
     if not hasattr(parsed, "command"):
@@ -155,7 +154,7 @@ def _run(arguments: argparse.Namespace) -> int:
         progress.say(progress.best and f"{progress.best}; nothing was validated yet")
         raise
     _print_answer(config.folder, answer, arguments.json)
-    return 0 if answer.verdict in ("met", "unvalidated") else 1
+    return status(answer)
 
 
 def _print(value: dict[str, Any] | list[Any], as_json: bool) -> None:
@@ -272,11 +271,11 @@ def _validate(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.study)
     answer = validate(folder, Progress(), arguments.objective, arguments.on)
     _print_answer(folder, answer, arguments.json)
-    return 0 if answer.verdict == "met" else 1
+    return status(answer)
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    from dataclasses import asdict, replace
+    from dataclasses import asdict
 
     from search.explain import explain, text
     from search.folder import check_same
@@ -286,9 +285,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
     folder = Path(arguments.study)
     answer, prepared = saved_answer(folder, arguments.objective), saved_prepared(folder)
-    session = Session(
-        replace(saved_config(folder), study=folder.resolve().name, results=str(folder.resolve().parent)), Progress()
-    )
+    session = Session(saved_config(folder), Progress())
     check_same(session, prepared)
     result = explain(folder, answer, session, prepared, arguments.by, arguments.layer)
     print(json.dumps(plain(asdict(result)), indent=1) if arguments.json else text(result))
@@ -355,8 +352,9 @@ def _materialize(arguments: argparse.Namespace) -> int:
     from search.generate import materialize
     from search.progress import Progress
 
-    config = replace(from_arguments(arguments), study="")
     study = Path(arguments.study) if arguments.study else None
+    arguments.study = ""  # a folder here, and in a configuration a name
+    config = from_arguments(arguments)
     materialize(Path(arguments.policy), Path(arguments.out), config, study, Progress())
     print(arguments.out)
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import os
 import re
 import tomllib
 from collections.abc import Callable
@@ -18,10 +17,12 @@ from methods.errors import InputError
 from methods.formats.format import parse_format
 from methods.policy import Decision
 from methods.typed import Range, WrongValue, read, shown, words
+from profilers.cache_folder import cache_folder
 from profilers.datasheets import DEVICE_TABLES
 from profilers.duration import parse_duration
 from profilers.workload import LENGTHS, Workload
 from search.objectives import BYTES, TIMES, Objective, Objectives, parse_workloads
+from search.places import check_places, moved_study
 from spaces.runtimes import RUNTIMES
 from spaces.space import parsed_method
 
@@ -45,11 +46,8 @@ def _option(
 
 
 def default_cache() -> Path:
-    """`$ISOLATENCY_CACHE`, else `$XDG_CACHE_HOME/isolatency`, else `~/.cache/isolatency`."""
-    explicit = os.environ.get("ISOLATENCY_CACHE")
-    if explicit:
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "isolatency"
+    """Where things are kept that can be made again, unless `--cache` says otherwise."""
+    return cache_folder()
 
 
 def device_folders(devices: str) -> tuple[Path, ...]:
@@ -160,6 +158,7 @@ class RunConfig:
     export: tuple[str, ...] = _option([], "export the answer; for example compressed-tensors", metavar="FORMAT")
 
     def __post_init__(self) -> None:
+        check_places({_flag(item.name): getattr(self, item.name) for item in dataclasses.fields(self)})
         for item in dataclasses.fields(self):
             if item.metadata["allowed"] is not None:
                 kind = float if item.name == "max_kl" else int
@@ -262,7 +261,7 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         """The study's folder."""
-        return Path(self.results) / self.study_name
+        return Path(self.results).expanduser() / self.study_name
 
 
 def _parsed(parse: Callable[[str], object], text: str) -> None:
@@ -310,9 +309,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def from_arguments(arguments: argparse.Namespace) -> RunConfig:
     """Defaults, then the TOML file, then the flags."""
     values: dict[str, Any] = {}
-    if getattr(arguments, "config", None):
+    if getattr(arguments, "config", None) is not None:
         try:
             values.update(read_toml(Path(arguments.config)))
+            values.update(moved_study(Path(arguments.config), RunConfig(**values).folder))
         except ConfigError as error:
             raise ConfigError(f"--config {error}") from None
     for item in dataclasses.fields(RunConfig):

@@ -14,8 +14,11 @@ from spaces.runtimes import runtime
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from methods.method import Edit
+    from methods.policy_file import PolicyFile
+    from search.export.verification import Verification
     from search.finalists import Finalist
-    from search.results import Answer
+    from search.results import Answer, Export
     from search.session import Session
 
 COMPARED = 64
@@ -78,23 +81,32 @@ def checkpoint_folder(folder: Path, item: Finalist) -> Path:
     return folder / "models" / f"{item.policy.key()}{'-in-order' if item.recompressed else ''}"
 
 
-def deliver(session: Session, prepared: Prepared, answer: Answer, edits: Mapping[str, Any]) -> None:
-    """Write the answer's checkpoint, and the exports asked for, each loaded back and compared."""
-    from methods import checkpoint
+def deliver(session: Session, prepared: Prepared, answer: Answer, edits: Mapping[str, Edit]) -> tuple[Export, ...]:
+    """Write the answer's checkpoint, and the exports asked for, each loaded back and compared; returns what became of the exports.
 
+    What is there already and sound is kept; what is damaged, or of other weights, is moved aside and made again.
+    """
     best = answer.best
     assert best is not None
     file = policy_file_of(session, prepared, best, answer)
     folder = checkpoint_folder(session.config.folder, best)
     session.switch.dense()
-    if not folder.exists():
-        with session.progress.busy("writing the checkpoint"):
-            checkpoint.write(folder, session.loaded, file, edits)
+    _write_checkpoint(session, folder, file, edits)
     session.progress.say(f"checkpoint: {folder} (search generate {folder})")
-    for name in export_formats(session.config):
-        export_answer(
-            session, name, file, edits, session.config.folder / "exports" / name / folder.name, bool(session.config.export)
-        )
+    place = session.config.folder / "exports"
+    return tuple(_exported(session, name, file, edits, place / name / folder.name) for name in export_formats(session.config))
+
+
+def _write_checkpoint(session: Session, folder: Path, file: PolicyFile, edits: Mapping[str, Edit]) -> None:
+    from methods import atomic, checkpoint
+
+    if folder.exists():
+        problem = checkpoint.problem(folder, edits)
+        if not problem:
+            return
+        session.progress.say(f"{problem}; it is moved to {atomic.set_aside(folder).name} and written again")
+    with session.progress.busy("writing the checkpoint"):
+        checkpoint.write(folder, session.loaded, file, edits)
 
 
 def export_formats(config: RunConfig) -> tuple[str, ...]:
@@ -103,36 +115,71 @@ def export_formats(config: RunConfig) -> tuple[str, ...]:
     return config.export or ((own,) if own in EXPORTERS else ("dense",))
 
 
-def export_answer(
-    session: Session, name: str, file: Any, edits: Mapping[str, Any], folder: Path, required: bool, ids: Tensor | None = None
-) -> Any:
-    """Export, load back in the stock runtime and compare; where it was not `required`, a refusal is only reported.
+def _exported(session: Session, name: str, file: PolicyFile, edits: Mapping[str, Edit], folder: Path) -> Export:
+    """An export in the study, or why there is none: an answer stands without it."""
+    from methods.bank import DamagedEdit
+    from search.results import Export
 
-    ids: (b, t) token ids to compare on; by default the report text's first sequence.
+    config = session.config
+    place = folder.relative_to(config.folder).as_posix()
+    # An engine that was named reads its own format and nothing else; for the project's own runtime the checkpoint does.
+    asked = bool(config.export) or runtime(config.runtime).export == name
+    try:
+        export_answer(session, name, file, edits, folder, heal=True)
+    except DamagedEdit:
+        raise  # no fault of the export: whoever made the edits makes them again
+    except ValueError as error:
+        session.progress.say(f"not exported as {name}: {error}")
+        return Export(name, place, asked, str(error))
+    return Export(name, place, asked)
+
+
+def export_answer(
+    session: Session,
+    name: str,
+    file: PolicyFile,
+    edits: Mapping[str, Edit],
+    folder: Path,
+    heal: bool,
+    ids: Tensor | None = None,
+) -> Verification:
+    """Export, load back in the stock runtime and compare; what stands in `folder` and is just that is kept.
+
+    ids: (b, t) token ids to compare on, by default the report text's first; heal: move aside what stands there and is not that, and
+    export again. Otherwise, and for what the format cannot express or does not give back, raises ValueError; nothing is left then.
     """
-    from search.evaluate import Switch
+    from methods.atomic import set_aside
+    from search.export import checked
     from search.export.registry import exporter
 
-    module = exporter(name)
-    session.switch.dense()
+    module, progress = exporter(name), session.progress
+    tokens = compared(session.corpora["report"].tokens) if ids is None else ids
+
+    def write(place: Path) -> None:
+        session.switch.dense()
+        with progress.busy(f"exporting as {name}"):
+            module.export(place, session.loaded, file, edits)
+
+    def verify(place: Path) -> Verification:
+        session.switch.edits(edits)
+        with progress.busy(f"loading the {name} export back"):
+            return module.verify(place, session.model, tokens)
+
     try:
-        if not folder.exists():
-            with session.progress.busy(f"exporting as {name}"):
-                module.export(folder, session.loaded, file, edits)
-    except ValueError as error:
-        if required:
-            raise
-        session.progress.say(f"not exported as {name}: {error}")
-        return None
-    switch: Switch = session.switch
-    switch.edits(edits)
-    with session.progress.busy(f"loading the {name} export back"):
-        tokens = compared(session.corpora["report"].tokens) if ids is None else ids
-        check = module.verify(folder, session.model, tokens)
-    switch.dense()
-    if not check.ok:
-        raise ValueError(f"export {folder}: what stock runtimes load is not what was evaluated: {check.message}")
-    session.progress.say(f"exported {folder}: {check.summary}")
+        if folder.exists():
+            check = checked.standing(folder, verify)
+            if check.ok:
+                progress.say(f"exported {folder}: {check.summary}")
+                return check
+            if not heal:
+                raise ValueError(
+                    f"{folder} is no sound {name} export of it: {check.message}; remove it or choose another folder"
+                )
+            progress.say(f"{folder}: {check.message}; it is moved to {set_aside(folder).name} and exported again")
+        check = checked.export(folder, write, verify)
+    finally:
+        session.switch.dense()
+    progress.say(f"exported {folder}: {check.summary}")
     return check
 
 

@@ -1,4 +1,4 @@
-"""How a command ends that does not end well: flags that are wrong, signals, errors in one line."""
+"""How a command ends: exit codes, flags that are wrong, signals, errors in one line."""
 
 from __future__ import annotations
 
@@ -13,17 +13,42 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import NoReturn
+from types import MappingProxyType, TracebackType
+from typing import TYPE_CHECKING, NoReturn
 
 from methods.errors import InputError
 from search.memory import out_of_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from search.results import Answer
 
 _LONG = re.compile(r"\S{400,}")
 """A value of a file in an error's text that nobody wants to read whole."""
 
 _ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = tuple(_ROOT / name for name in ("methods", "profilers", "spaces", "predictors", "search"))
+
+EXIT_CODES: Mapping[int, str] = MappingProxyType(
+    {
+        0: "success; of a run, that the objective is met",
+        1: "the objective is not met; of `search cache --verify` and `search doctor`, that something is wrong",
+        2: "bad input",
+        3: "an internal error",
+        4: "the objective is met, but an export that was asked for is missing",
+        130: "Ctrl-C",
+        143: "SIGTERM",
+    }
+)
+"""How a command ends, by what it returns to the shell."""
+
+
+def status(answer: Answer) -> int:
+    """The exit code that an answer means."""
+    if answer.verdict not in ("met", "unvalidated"):
+        return 1
+    return 4 if any(export.asked for export in answer.missing) else 0
 
 
 class Parser(argparse.ArgumentParser):

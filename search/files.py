@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from methods.atomic import write_bytes, write_text
+from methods.errors import InputError
+from methods.typed import WrongValue, json_of, read
 from search.config import ConfigError
 
 if TYPE_CHECKING:
@@ -76,6 +78,55 @@ def kept_tensors(path: Path, make: Callable[[], Mapping[str, Tensor]], say: Call
     return made
 
 
+def mended(step: Callable[[], Value], say: Callable[[str], None]) -> Value:
+    """What a step gives; where it comes upon a damaged file of a bank, what is damaged there is deleted and the step repeated.
+
+    It makes again what is missing then and finds most of what it had done. A file that is damaged again is an error: the disk does not
+    keep what it is given.
+    """
+    from methods.bank import DamagedEdit, damaged_files
+
+    deleted: set[Path] = set()
+    while True:
+        try:
+            return step()
+        except DamagedEdit as damage:
+            if damage.path in deleted:
+                raise
+            found = {damage.path, *damaged_files(damage.path.parent.parent)}  # all at once: they are made in one sweep
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            say(f"{damage.path}{more}: damaged, made again")
+            for path in found:
+                path.unlink(missing_ok=True)
+            deleted |= found
+
+
+def sealed(data: Mapping[str, Any]) -> str:
+    """A JSON object as text that carries its own checksum under `sha256`."""
+    body = json.loads(json.dumps(data))
+    return json.dumps({**body, _SEAL: _digest(body)}, indent=1)
+
+
+def unsealed(text: str | bytes, file: Path | str, way_out: str = "") -> dict[str, Any]:
+    """The object of a text that `sealed` made, without its checksum; raises WrongValue, naming the file, where it is none or was changed.
+
+    Files of earlier versions carry no checksum.
+    """
+    data = dict(read(dict[str, Any], json_of(text, file, way_out), file, way_out))
+    stored = data.pop(_SEAL, None)
+    if stored not in (None, _digest(data)):
+        raise WrongValue(file, "", "was changed: its checksum does not fit", way_out)
+    return data
+
+
+_SEAL = "sha256"
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    """Of what JSON gives back, in its order: numbers, nan among them, are written as they are read."""
+    return hashlib.sha256(json.dumps(body).encode()).hexdigest()
+
+
 class Steps:
     """Results of finished steps, one JSON file each, found again by the content key of what they depend on."""
 
@@ -83,20 +134,12 @@ class Steps:
         self.folder = folder
 
     def get(self, name: str, key: str) -> Any | None:
-        """The step's value if it was computed from the same inputs; a torn or foreign file counts as absent."""
+        """The step's value if it was computed from the same inputs; a torn, changed or foreign file counts as absent."""
         try:
-            data = json.loads((self.folder / f"{name}.json").read_text())
-        except (OSError, ValueError, RecursionError):
+            data = unsealed((self.folder / f"{name}.json").read_bytes(), self.folder / f"{name}.json")
+        except (OSError, InputError):
             return None
-        return data.get("value") if isinstance(data, dict) and data.get("key") == key else None
-
-    def latest(self, name: str) -> Any | None:
-        """The step's value whatever it was computed from, for answers from a finished study."""
-        try:
-            data = json.loads((self.folder / f"{name}.json").read_text())
-        except (OSError, ValueError, RecursionError):
-            return None
-        return data.get("value") if isinstance(data, dict) else None
+        return data.get("value") if data.get("key") == key else None
 
     def made(self, name: str, key: str, compute: Callable[[], Value]) -> Value:
         """The step's value, computed and kept where it was not; `compute` returns what JSON gives back as it was."""
@@ -108,7 +151,7 @@ class Steps:
 
     def put(self, name: str, key: str, value: Any) -> None:
         """Keep a step's value."""
-        write_text(self.folder / f"{name}.json", json.dumps({"key": key, "value": value}, indent=1))
+        write_text(self.folder / f"{name}.json", sealed({"key": key, "value": value}))
 
 
 def plain(value: Any) -> Any:

@@ -18,14 +18,12 @@ from methods.atomic import remove_abandoned, write_text
 from methods.locks import try_lock
 from search.config import ConfigError, RunConfig, device_folders, read_toml, to_toml
 from search.files import Steps, check_place, content_key
+from search.places import LOCK
 from search.prepared import Prepared
 
 if TYPE_CHECKING:
     from search.session import Session
     from search.study import Store
-
-LOCK = "study.lock"
-"""Held by the run of a study; says whose it is."""
 
 _VERSION = 1
 
@@ -251,5 +249,7 @@ def open_store(session: Session) -> Store:
         "search text": session.corpora["search"].sha256,
     }
     # Evaluations of an earlier revision stay where they are, and count for nothing.
-    name = f"{config.study_name} (methods {catalogue.REVISION})"
-    return Store(config.store or config.folder / "study.db", name, context)
+    revision = f" (methods {catalogue.REVISION})"
+    if config.store:
+        return Store(config.store, config.study_name + revision, context)
+    return Store(config.folder / "study.db", config.study_name + revision, context, ending=revision)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from methods import checkpoint, policy_file
-from methods.bank import Bank
+from methods.bank import Bank, DamagedEdit, MissingEdit
 from methods.catalogue import REVISION, model_method
 from methods.formats.numerics import payload_bits
 from methods.formats.sides import plain
@@ -34,7 +34,7 @@ from profilers.sweep import torch_threads
 from profilers.table import LatencyTable
 from profilers.target import Target
 from search.config import ConfigError, RunConfig, default_cache
-from search.files import check_new_folder, check_place, content_key
+from search.files import check_new_folder, check_place, content_key, mended
 from search.finalists import Judge
 from search.fit import continuation_notes
 from search.in_order import compress_in_order, needs_order, ordered_bank, stored
@@ -167,9 +167,12 @@ def materialize(policy: Path, out: Path, config: RunConfig, study: Path | None, 
     in order on the compressed prefix; blocks are kept in the cache until the checkpoint is written, and an interrupted call goes on from
     them. Simulated methods are as good as any here.
     """
+    if not out.name:
+        raise ConfigError(f"--out {str(out)!r}: name a folder to write")
     check_new_folder(out, "--out")
     if study is not None:
-        config = replace(saved_config(study), cache=config.cache)
+        saved = saved_config(study)
+        config = replace(saved, cache=config.cache or saved.cache)
     else:
         # Nothing is searched or validated: a sequence of each, because the text is dealt out to all roles.
         config = replace(config, search_tokens=1, validation_tokens=1)
@@ -189,10 +192,13 @@ def materialize(policy: Path, out: Path, config: RunConfig, study: Path | None, 
         )
     if study is not None:
         session.calibration = saved_prepared(study).data["calibrate"]["sha256"]
-    edits = _from_study(session, file) if study is not None else _compressed(session, file.policy)
-    checkpoint.write(out, session.loaded, file, edits)
-    if study is None:
-        shutil.rmtree(_unfinished(session, file.policy), ignore_errors=True)
+        try:
+            checkpoint.write(out, session.loaded, file, _from_study(session, file))
+        except (MissingEdit, DamagedEdit) as error:
+            raise ConfigError(f"{config.folder}: {error.args[0]}; leave --study out to compress here") from None
+        return
+    mended(lambda: checkpoint.write(out, session.loaded, file, _compressed(session, file.policy)), progress.say)
+    shutil.rmtree(_unfinished(session, file.policy), ignore_errors=True)
 
 
 def cache_format(policy: Policy, structure: Structure) -> CacheFormat | None:
@@ -237,10 +243,18 @@ def _unfinished(session: Session, policy: Policy) -> Path:
 def _from_study(session: Session, file: policy_file.PolicyFile) -> Mapping[str, Edit]:
     sites = Policy(file.policy.sites)
     bank = ordered_bank(session, sites) if file.weights_algo.get("in_order") else session.bank
+    return stored(session, sites, bank)
+
+
+def _from_checkpoint(folder: Path, progress: Progress) -> Mapping[str, Edit] | None:
+    """The edits of a study's checkpoint, None where there is none or it is damaged: its bank holds them too."""
+    if not folder.exists():
+        return None
     try:
-        return stored(session, sites, bank)
-    except KeyError as error:
-        raise ConfigError(f"{session.config.folder}: {error.args[0]}; leave --study out to compress here") from None
+        return checkpoint.read(folder).edits
+    except checkpoint.CorruptCheckpoint as error:
+        progress.say(f"{error}; the study's bank is used instead")
+        return None
 
 
 def export_study(
@@ -258,16 +272,15 @@ def export_study(
     if out is not None:
         check_place(out, "--out", folder=True)
     source, item = measured_policy(folder, answer, wanted)
-    config = replace(saved_config(folder), study=folder.name, results=str(folder.parent))
-    session = Session(config, progress)
+    session = Session(saved_config(folder), progress)
     prepared = saved_prepared(folder)
     check_model(session, prepared)
     session.calibration = prepared.data["calibrate"]["sha256"]
     place = checkpoint_folder(folder, item)
-    try:
-        edits = checkpoint.read(place).edits if place.exists() else Judge(session, prepared).edits(item)
-    except KeyError as error:
-        raise ConfigError(f"{error.args[0]}; repeat the study's `search run`, which makes it again") from None
     path = out or folder / "exports" / name / place.name
     file = policy_file_of(session, prepared, item, source)
-    return path, export_answer(session, name, file, edits, path, True, sample_tokens(session.stored))
+    try:
+        edits = _from_checkpoint(place, progress) or Judge(session, prepared).edits(item)
+        return path, export_answer(session, name, file, edits, path, out is None, sample_tokens(session.stored))
+    except (MissingEdit, DamagedEdit) as error:
+        raise ConfigError(f"{error.args[0]}; repeat the study's `search run`, which makes it again") from None

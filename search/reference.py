@@ -16,6 +16,7 @@ from methods.formats.format import GRAMMAR, NAMED, Format
 from profilers.datasheets import DATASHEETS, Datasheet
 from search import cli, runtime_list
 from search.config import RunConfig
+from search.endings import EXIT_CODES
 from search.export.registry import EXPORTERS
 from search.method_list import has_kernel, rows
 from search.report.table import markdown
@@ -39,14 +40,14 @@ _METHODS = """`--methods NAME:KNOB=VALUE:…,…`; those of the whole model with
 def text() -> str:
     """The whole page."""
     known = {item.name for item in dataclasses.fields(RunConfig)}
-    codes = (cli.main.__doc__ or "").removeprefix("Entry point: ").splitlines()[0]
     sheets = (_sheet(sheet) for sheet in DATASHEETS.values())
     elements = ((f"`{name}`", ", ".join(map(str, bits))) for name, bits in BITS.items())
     codecs = ((f"`{name}`", str(codec.width), codec.second or "none") for name, codec in CODECS.items())
     parts = [
         _HEAD,
-        f"## Commands\n\nExit codes: {codes}\n\nEverywhere: `--json` (results as JSON) and `--debug` (tracebacks). "
-        "`search --version` names the version.",
+        "## Commands\n\nEverywhere: `--json` (results as JSON) and `--debug` (tracebacks). `search --version` names the version. "
+        "How they end:",
+        markdown("exit code | meaning", ((str(code), meaning) for code, meaning in EXIT_CODES.items())),
         *(_command(name, parser, known if name == "run" else set()) for name, parser in _parsers().items()),
         f"## Configuration\n\n{_CONFIGURATION}",
         markdown("key | type | default | meaning", map(_field, dataclasses.fields(RunConfig))),

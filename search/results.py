@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from methods.atomic import write_text
+from methods.atomic import set_aside, write_text
 from methods.errors import InputError
-from methods.typed import Count, Positive, json_of, read
+from methods.typed import Count, Positive, read
 from predictors.intervals import normal_interval
-from predictors.latency import LatencyModel
 from predictors.loss import PredictorReport
 from profilers.workload import Workload
-from search.config import ConfigError, RunConfig
+from search.config import ConfigError, RunConfig, read_toml
+from search.curves import latency_fits, latency_pairs, predicted_curve
+from search.files import sealed, unsealed
 from search.finalists import DENSE_NAME, POLICIES, Finalist, Met
-from search.frontier import Candidate, Fidelity, frontier, write_csv
-from search.limits import reached_ms, under
+from search.frontier import Candidate, Fidelity, write_csv
+from search.limits import under
 from search.objectives import Objective, Objectives, file_name
 from search.outcome import told_of
-from search.prepared import WAY_OUT, Prepared, WorkloadCost, by_format
+from search.prepared import WAY_OUT, Prepared
 from search.report import content
-from search.report.content import TOP1, DataUse, Entry, Guard, LatencyFit, ReportData, Verdict
-from search.report.honesty import Pair
-from search.report.limits import BUYS, limits, shares, slopes
+from search.report.content import TOP1, DataUse, Entry, Guard, ReportData, Verdict
+from search.report.limits import limits, shares
 from search.report.page import write_page
 from search.report.picture import write_picture
 from search.report.table import candidate_table
-from search.strategies.problem import Infeasible
-from search.strategies.solve import solve
 from search.words import shortened
+
+
+@dataclass(frozen=True)
+class Export:
+    """What became of one export of an answer. folder: in the study; problem: why it is not there, "" where it is.
+
+    asked: by `--export`, or because the engine of `--runtime` reads nothing else.
+    """
+
+    format: str
+    folder: str
+    asked: bool
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class Answer:
     chosen: position in `finalists`, None where none meets the objective; verdict: `met`, `not met` (also on a machine too contended
     to tell), or `unvalidated` where the target is not here;
     simple: position of the best simple policy that meets it; difference: KL of the best searched policy minus that of the
-    simple one, paired on the validation text, with its standard error.
+    simple one, paired on the validation text, with its standard error; written: into the study, in ISO 8601, UTC, "" where not yet.
     """
 
     objective: str
@@ -58,6 +69,8 @@ class Answer:
     cost: Mapping[str, float]
     versions: Mapping[str, str]
     notes: tuple[str, ...] = field(default=())
+    exports: tuple[Export, ...] = field(default=())
+    written: str = ""
 
     def __post_init__(self) -> None:
         if any(place is not None and place >= len(self.finalists) for place in (0, self.chosen, self.simple)):
@@ -66,7 +79,8 @@ class Answer:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         predictor = None if self.predictor is None else asdict(self.predictor)
-        return {**vars(self), "predictor": predictor, "finalists": [item.to_json() for item in self.finalists]}
+        lists = {"finalists": [item.to_json() for item in self.finalists], "exports": [asdict(item) for item in self.exports]}
+        return {**vars(self), "predictor": predictor, **lists}
 
     @classmethod
     def from_json(cls, data: object, file: Path | str = "answer") -> Answer:
@@ -78,12 +92,40 @@ class Answer:
         """The chosen finalist."""
         return None if self.chosen is None else self.finalists[self.chosen]
 
+    @property
+    def missing(self) -> tuple[Export, ...]:
+        """The exports that are not there."""
+        return tuple(item for item in self.exports if item.problem)
+
 
 def answers(folder: Path) -> dict[str, Answer]:
     """All answers of a study, by objective, the oldest first."""
-    files = sorted((folder / "answers").glob("*.json"), key=lambda path: path.stat().st_mtime)
-    found = [Answer.from_json(json_of(path.read_bytes(), path, WAY_OUT), path) for path in files]
-    return {answer.objective: answer for answer in found}
+    found = [(_read(path), path) for path in _answer_files(folder)]
+    found.sort(key=lambda pair: pair[0].written or _changed(pair[1]))
+    return {answer.objective: answer for answer, _ in found}
+
+
+def _answer_files(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / "answers").glob("*.json") if not path.name.startswith("."))
+
+
+def _read(path: Path) -> Answer:
+    return Answer.from_json(unsealed(path.read_bytes(), path, WAY_OUT), path)
+
+
+def _changed(path: Path) -> str:
+    """When a file was changed, as `Answer.written` says it."""
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat()
+
+
+def set_damaged_aside(folder: Path, say: Callable[[str], None]) -> None:
+    """Moves answers aside that cannot be read, and says which: a run that goes on would read them all at its end."""
+    for path in _answer_files(folder):
+        try:
+            _read(path)
+        except InputError as error:
+            cause = str(error).partition(f"; {WAY_OUT}")[0]
+            say(f"{cause}; it is moved to {set_aside(path).name}: ask for that objective again to have its answer")
 
 
 def policy_name(finalist: Finalist, answer: Answer) -> str:
@@ -96,9 +138,25 @@ def policy_name(finalist: Finalist, answer: Answer) -> str:
 
 def save(folder: Path, answer: Answer, prepared: Prepared, config: RunConfig, policies: Mapping[str, str]) -> None:
     """Write an answer, its policies (name -> text of the file), the frontier of all answers, the picture and the report."""
-    write_text(folder / "answers" / f"{file_name(answer.objective)}.json", json.dumps(answer.to_json(), indent=1))
+    _keep(folder, answer)
     for name, text in policies.items():
         write_text(folder / "policies" / f"{name}.yaml", text)
+    _write_report(folder, answer, prepared, config)
+
+
+def save_exports(folder: Path, answer: Answer, prepared: Prepared, config: RunConfig) -> None:
+    """Write an answer again, now that it says what became of its exports; where one is missing, the report says so too."""
+    _keep(folder, answer)
+    if answer.missing:
+        _write_report(folder, answer, prepared, config)
+
+
+def _keep(folder: Path, answer: Answer) -> None:
+    written = replace(answer, written=datetime.now(UTC).isoformat())
+    write_text(folder / "answers" / f"{file_name(answer.objective)}.json", sealed(written.to_json()))
+
+
+def _write_report(folder: Path, answer: Answer, prepared: Prepared, config: RunConfig) -> None:
     data = report_data(folder, answer, prepared, config)
     write_csv([entry.candidate for entry in data.measured], folder / "frontier.csv")
     write_picture(data, folder / "frontier.png")
@@ -110,8 +168,7 @@ def saved_prepared(folder: Path) -> Prepared:
     path = folder / "steps" / "prepared.json"
     if not path.exists():
         raise ConfigError(f"{folder}: nothing is prepared there yet; repeat `search run` to finish it")
-    kept = read(dict[str, Any], json_of(path.read_bytes(), path, WAY_OUT), path, WAY_OUT)
-    prepared = Prepared.from_json(kept.get("value"), path)
+    prepared = Prepared.from_json(unsealed(path.read_bytes(), path, WAY_OUT).get("value"), path)
     # Studies of earlier versions were prepared for one workload and do not repeat which.
     return prepared if prepared.workload else replace(prepared, workload=saved_config(folder).load.name)
 
@@ -233,63 +290,6 @@ def candidate(finalist: Finalist) -> Candidate:
     )
 
 
-def predicted_curve(prepared: Prepared, pace: float = 1.0, n: int = 16) -> list[Candidate]:
-    """The solver's predicted frontier over the range of latencies that leaves its limits room; pace: by what latencies are multiplied."""
-    problem = prepared.problem
-    low, high = problem.fastest_ms, sum(float(t[0]) for t in problem.latency_ms)
-    found = {}
-    for index in range(n):
-        try:
-            solution = solve(problem, low + (high - low) * index / (n - 1) + 1e-9, time_limit_s=2.0)
-        except Infeasible:
-            continue
-        ms = prepared.map.predict(solution.latency_ms)
-        found[solution.policy.key()] = Candidate(
-            policy=solution.policy,
-            name=f"solver at {ms.mean * pace:.3g} ms",
-            fidelity=Fidelity.PREDICTED,
-            kl=max(solution.loss, 0.0),
-            kl_stderr=0.0,
-            latency_ms=ms.mean * pace,
-            latency_lo=ms.lo * pace,
-            latency_hi=ms.hi * pace,
-            size_bytes=prepared.size_bytes(solution.policy),
-        )
-    curve = sorted(frontier(list(found.values())), key=lambda c: c.latency_ms)
-    return [replace(c, scores={BUYS: slope}) for c, slope in zip(curve, slopes(curve), strict=True)]
-
-
-def latency_pairs(
-    folder: Path, answer: Answer, prepared: Prepared, workloads: Sequence[Workload]
-) -> dict[str, tuple[Pair, ...]]:
-    """By workload: predicted and measured latency of the finalists of all answers, of the dense model's in the same run.
-
-    None of them was fitted: policies that a workload's map was fitted on are left out.
-    """
-    found: dict[str, dict[tuple[str, str], Pair]] = {}
-    for source in [answer, *answers(folder).values()]:
-        for place, time in enumerate(Objectives.parse(source.objective, workloads).times):
-            known = time.workload.name == prepared.workload or any(c.workload == time.workload.name for c in prepared.also)
-            if time.quantile != 0.5 or not known:
-                continue
-            own = found.setdefault(time.workload.name, {})
-            fitted = fitted_on(prepared, time.workload.name)
-            for item in source.finalists:
-                unseen = item.policy.sites and not {item.policy.key(), by_format(item.policy).key()} & fitted
-                if item.label == "measured" and unseen and prepared.covers(item.policy):
-                    mean, lo, hi, dense = reached_ms(prepared, time, item.policy)
-                    # Of a finalist whose other times nobody kept, as before there were several, only the main one is known.
-                    ratio = item.ratio if place == 0 else item.met[place].value / source.finalists[0].met[place].value
-                    own[source.objective, item.policy.key()] = Pair(mean / dense, lo / dense, hi / dense, measured=ratio)
-    return {name: tuple(pairs.values()) for name, pairs in found.items() if pairs}
-
-
-def fitted_on(prepared: Prepared, workload: str) -> set[str]:
-    """Keys of the policies that a workload's map was fitted on, by their formats; in earlier versions by their methods too."""
-    other = [cost.map for cost in prepared.also if cost.workload == workload]
-    return {run.policy_key for run in (other[0] if other else prepared.map).runs}
-
-
 def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunConfig) -> ReportData:
     """The report of one answer in the light of the whole study.
 
@@ -318,7 +318,7 @@ def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunCon
         sites=tuple((site.name, site.kind, site.block) for site in prepared.sites),
         dense_format=prepared.sites[0].options[0].format,
         guard=guard(answer),
-        latency_fits=_fits(prepared),
+        latency_fits=latency_fits(prepared),
         predictor=answer.predictor,
         shadow_price=answer.shadow_price / pace,
         data=tuple(
@@ -328,7 +328,7 @@ def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunCon
         cost=tuple((name, _amount(name, value)) for name, value in answer.cost.items()),
         limits=() if answer.best is None else limits(prepared, answer.best.policy),
         shares=() if answer.best is None else shares(prepared, answer.best.policy, pace),
-        latency_pairs=latency_pairs(folder, answer, prepared, config.stated_workloads),
+        latency_pairs=latency_pairs([answer, *answers(folder).values()], prepared, config.stated_workloads),
         provenance=(
             ("model digest", str(prepared.model["digest"])),
             ("dense reference", prepared.dense_name),
@@ -336,7 +336,7 @@ def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunCon
             *answer.versions.items(),
         ),
         perplexity_note="the text was written by the model itself" if generated else "",
-        notes=(*map(str, prepared.model["notes"]), *prepared.notes, *answer.notes),
+        notes=(*map(str, prepared.model["notes"]), *prepared.notes, *answer.notes, *map(_missing_words, answer.missing)),
     )
 
 
@@ -344,17 +344,8 @@ def _unit(objective: Objective) -> str:
     return f"{objective.workload.unit} (95th percentile)" if objective.quantile != 0.5 else objective.workload.unit
 
 
-def _fits(prepared: Prepared) -> tuple[LatencyFit, ...]:
-    fits = []
-    priced: list[Prepared | WorkloadCost] = [prepared, *prepared.also]
-    for own in priced:
-        map_ = own.map
-        if isinstance(map_, LatencyModel):
-            formula = f"T = {map_.b0:.3g} ms + {map_.b1:.3g} × sum of the sites' kernel times"
-            checked = f"{own.checked[:1].upper()}{own.checked[1:]}." if own.checked else ""
-            errors = map_.loo_error
-            fits.append(LatencyFit(own.workload, formula, len(map_.runs), errors.mean, errors.max, map_.coverage, checked))
-    return tuple(fits)
+def _missing_words(export: Export) -> str:
+    return f"there is no {export.format} export{'' if export.asked else ', which was not asked for'}: {export.problem}"
 
 
 def _met_words(met: Met) -> str:
@@ -384,7 +375,12 @@ def json_rows(entries: Sequence[Entry]) -> list[dict[str, object]]:
 
 
 def saved_config(folder: Path) -> RunConfig:
-    """The configuration that a study was last run with."""
-    from search.config import read_toml
+    """The configuration that a study was last run with, its name and place as they are now: folders are moved and renamed.
 
-    return RunConfig(**read_toml(folder / "config.toml"))
+    A cache that is not here, because the study comes from another machine, is this machine's own.
+    """
+    saved = read_toml(folder / "config.toml")
+    if not Path(saved.get("cache", "")).expanduser().is_dir():
+        saved["cache"] = ""
+    here = folder.resolve()
+    return RunConfig(**{**saved, "study": here.name, "results": str(here.parent)})

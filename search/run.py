@@ -15,7 +15,7 @@ from search.budget import Budget
 from search.config import ConfigError, RunConfig, device_folders
 from search.deliver import deliver, policy_text
 from search.environment import busy, environment
-from search.files import Steps, content_key
+from search.files import Steps, content_key, mended
 from search.folder import (
     check_places,
     check_same,
@@ -83,8 +83,8 @@ def run_study(
             from search.foresee import refuse_early
 
             refuse_early(config)
-            session = _session(config, progress)
-            prepared = prepare_study(session, steps, key)
+            own = session = _session(config, progress)
+            prepared = mended(lambda: prepare_study(own, steps, key), progress.say)
         config = settled(config, prepared, progress)
         if session is not None:
             session.config = config
@@ -175,16 +175,21 @@ def prepare_study(session: Session, steps: Steps, key: str) -> Prepared:
 
 
 def validate_study(session: Session, prepared: Prepared, found: Resolved, objective: Objective) -> Answer:
-    """Evaluate, measure and judge; then write, materialise and export the answer."""
+    """Evaluate, measure and judge; then write, materialise and export the answer. What is damaged in the bank is made again."""
+    return mended(lambda: _validated(session, prepared, found, objective), session.progress.say)
+
+
+def _validated(session: Session, prepared: Prepared, found: Resolved, objective: Objective) -> Answer:
     from search.explore import Truth, explore, features_of, first_stage_records
     from search.finalists import Judge, choose
     from search.prepare import calibrate, decisions_of
     from search.pricing import price
-    from search.results import Answer, policy_name, save
+    from search.results import Answer, policy_name, save, save_exports, set_damaged_aside
 
     began = time.monotonic()
     config, folder = session.config, session.config.folder
     check_same(session, prepared)
+    set_damaged_aside(folder, session.progress.say)
     calibrate(session, decisions_of(prepared.sites))  # what was cleaned away since
     store = open_store(session)
     truth = Truth(_search_evaluator(session), store, prepared, Budget(config))
@@ -254,7 +259,8 @@ def validate_study(session: Session, prepared: Prepared, found: Resolved, object
     with session.progress.busy("writing the report"):
         save(folder, answer, prepared, config, texts)
     if answer.best is not None and answer.best.policy.sites:
-        deliver(session, prepared, answer, judge.edits(answer.best))
+        answer = replace(answer, exports=deliver(session, prepared, answer, judge.edits(answer.best)))
+        save_exports(folder, answer, prepared, config)
     return answer
 
 

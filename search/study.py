@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 from collections.abc import Iterator, Mapping
@@ -91,13 +92,14 @@ class Store:
     Raises `ForeignStudy` where the study was made with another context, ValueError where the file is no study at all.
     """
 
-    def __init__(self, where: Path | str, name: str, context: Context) -> None:
-        url, lock = _url(where)
+    def __init__(self, where: Path | str, name: str, context: Context, *, ending: str | None = None) -> None:
+        """ending: of the names of this study alone: what is there under such a name is this one before it was renamed."""
+        url, path = _url(where)
         self._url = url
-        with _locked(lock) if lock else _making(url):
-            if lock:
-                _make(url, Path(url.removeprefix("sqlite:///")))
-            self._study = _open(url, name)
+        with _locked(path.with_name(path.name + ".lock")) if path else _making(url):
+            if path:
+                _make(url, path)
+            self._study = _open(url, name, ending)
             self._check(name, str(where), dict(context))
         self.name = name
         self._records: dict[tuple[str, int, str], TrialRecord] = {}
@@ -173,19 +175,24 @@ class Store:
 
 
 def _url(where: Path | str) -> tuple[str, Path | None]:
-    """The database's URL, and the lock file that guards the making of a SQLite one."""
+    """The database's URL, and the file of a SQLite one."""
     where = str(where).removeprefix("sqlite:///")
     if "://" in where:
         return where, None
     path = Path(where).expanduser().absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{path}", path.with_name(path.name + ".lock")
+    return _sqlite(path), path
+
+
+def _sqlite(path: Path) -> str:
+    """The URL of a file, whose name may hold what means something else in a URL."""
+    return f"sqlite:///{str(path).replace('%', '%25').replace('?', '%3F')}"
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Two processes that make the tables at once would see each other's half."""
-    with path.open("w") as file:
+    with path.open("a") as file:  # nothing is written: it may be another program's
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -195,15 +202,29 @@ def _make(url: str, path: Path) -> None:
     import optuna
     from sqlalchemy import text
 
-    if path.exists():
+    if path.exists() and (path.is_dir() or path.stat().st_size):
+        _check_ours(path)
         return
     with _explained(url), staging_folder(path) as staging:
-        storage = optuna.storages.RDBStorage(f"sqlite:///{staging / path.name}", engine_kwargs=_options(url))
+        storage = optuna.storages.RDBStorage(_sqlite(staging / path.name), engine_kwargs=_options(url))
         with storage.engine.connect() as connection:
             connection.execute(text("PRAGMA journal_mode=WAL"))  # in which a writer and readers do not wait for each other
         storage.remove_session()
         storage.engine.dispose()
         (staging / path.name).replace(path)
+
+
+def _check_ours(path: Path) -> None:
+    """Raises ValueError for another program's database, into which Optuna would write its own tables."""
+    import sqlite3
+
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as database:
+            tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    except sqlite3.Error:
+        return  # whoever opens it says what it is
+    if tables and "studies" not in tables:
+        raise ValueError(f"{path} holds another program's tables ({', '.join(sorted(tables)[:3])}); choose another --store")
 
 
 @contextmanager
@@ -251,7 +272,7 @@ def _explained(
         raise ValueError(f"{shown} {what} ({reason}); {way_out}") from error
 
 
-def _open(url: str, name: str) -> optuna.Study:
+def _open(url: str, name: str, ending: str | None) -> optuna.Study:
     import optuna
 
     before = optuna.logging.get_verbosity()
@@ -259,6 +280,9 @@ def _open(url: str, name: str) -> optuna.Study:
     try:
         with _explained(url):
             storage = optuna.storages.RDBStorage(url, engine_kwargs=_options(url))
+            held = [] if ending is None else [held for held in optuna.get_all_study_names(storage) if held.endswith(ending)]
+            if len(held) == 1:
+                name = held[0]
             return optuna.create_study(
                 storage=storage, study_name=name, directions=["minimize", "minimize"], load_if_exists=True
             )

@@ -16,7 +16,7 @@ from search.deliver import deliver, policy_text
 from search.environment import environment
 from search.evaluate import Quality
 from search.explore import Ranked
-from search.files import Steps, content_key
+from search.files import Steps, content_key, mended
 from search.finalists import Finalist, Judge, choose, measure
 from search.folder import held, study_key
 from search.limits import Unreachable, under
@@ -26,7 +26,7 @@ from search.prepared import Prepared
 from search.pricing import price
 from search.progress import Progress
 from search.resolved import describe_solution, solved
-from search.results import Answer, policy_name, save, saved_answer, saved_config, saved_prepared
+from search.results import Answer, policy_name, save, save_exports, saved_answer, saved_config, saved_prepared
 from search.run import prepare_study, validate_study
 from search.session import Session
 from search.whole_model import formats_of
@@ -45,10 +45,7 @@ def validate(folder: Path, progress: Progress, objective: str = "", on: str = ""
             f"{folder}: the answer for {found.objective} is {found.verdict}; only unvalidated ones are to be measured"
         )
     saved = saved_config(folder)
-    config = _asking(
-        replace(saved, study=folder.resolve().name, results=str(folder.resolve().parent)),
-        Objectives.parse(found.objective, saved.stated_workloads),
-    )
+    config = _asking(saved, Objectives.parse(found.objective, saved.stated_workloads))
     target = _target(config, on)
     session = Session(config, progress, target)
     with held(folder):
@@ -71,7 +68,8 @@ def validate(folder: Path, progress: Progress, objective: str = "", on: str = ""
         texts = {policy_name(i, answer): policy_text(session, described, i, answer) for i in answer.finalists if i.policy.sites}
         save(folder, answer, prepared, config, texts)
         if answer.best is not None and answer.best.policy.sites and _in_bank(session, answer.best):
-            deliver(session, described, answer, Judge(session, prepared).edits(answer.best))
+            answer = replace(answer, exports=deliver(session, described, answer, Judge(session, prepared).edits(answer.best)))
+            save_exports(folder, answer, prepared, config)
         return answer
 
 
@@ -150,7 +148,8 @@ def _confirmed(session: Session, found: Answer, finalists: Sequence[Finalist], p
 def _solved_again(session: Session, folder: Path) -> Answer:
     """The whole search with latencies measured here; texts, compressed tensors and true evaluations of the study are used again."""
     config = session.config
-    prepared = prepare_study(session, Steps(folder / "steps"), content_key(study_key(config), session.target.fingerprint))
+    steps, key = Steps(folder / "steps"), content_key(study_key(config), session.target.fingerprint)
+    prepared = mended(lambda: prepare_study(session, steps, key), session.progress.say)
     prepared = under(prepared, config.objectives)
     prepared, first = solved(prepared, config.objective, config)
     session.progress.say(describe_solution(prepared, first, config))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 
-from methods.atomic import sha256
+from methods.atomic import broken_seal, set_aside, sha256
 from methods.model.baseline import FLOATS, Grid, bits_of, detect_grids, leave_grid_
 from methods.model.describe import describe
 from methods.model.experts import unfuse_experts
@@ -55,7 +57,12 @@ def convert(path: Path, cache: Path, log: Callable[[str], None]) -> Path:
     """
     folder = cache / "models" / f"{sha256(path)[:16]}-{RECIPE}"
     if (folder / ORIGIN).exists():
-        return folder
+        problem = broken_seal(folder)
+        if not problem:
+            return folder
+        log(f"{folder} is damaged ({problem}): it is converted again")
+        with contextlib.suppress(FileNotFoundError):  # another process may have been first here too
+            shutil.rmtree(set_aside(folder))
     header = read_header(path)
     description = read_description(header)
     log(f"converting {path.name} to {folder} (once)")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from methods.atomic import new_folder, write_text
+from methods.atomic import new_folder, seal, write_text
 from methods.formats.numerics import DTYPES
 from methods.model.experts import stock_state_dict
 from methods.model.tokenizer import write_tokenizer
@@ -18,7 +18,7 @@ CONFIG_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def save(model: Any, tokenizer: Any, folder: Path, dtype: str, texts: Mapping[str, str] | None = None) -> None:
-    """Writes model and tokenizer so that stock transformers loads them: all of the folder or nothing.
+    """Writes model and tokenizer so that stock transformers loads them, and their checksums: all of the folder or nothing.
 
     dtype: what the weights are stored in (`bf16`, `fp16`, `fp32`). texts: further files by name.
     Experts are written fused, the model itself is left alone.
@@ -33,6 +33,7 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: str, texts: Mapping[st
         settings = json.loads(config.read_text(encoding="utf-8"))
         settings["dtype"] = CONFIG_NAMES[dtype]
         write_text(config, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        seal(staging)
 
 
 def _converted(state: dict[str, Tensor], dtype: str) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 
 from methods.atomic import sha256, staging_folder, write_text
+from profilers.cache_folder import cache_folder
 
 Isa = Literal["native", "avx2", "portable"]
 
@@ -47,9 +48,8 @@ class NoCompiler(RuntimeError):
 
 
 def kernel_folder() -> Path:
-    """`$ISOLATENCY_CACHE/kernels`, by default in the user's cache folder."""
-    root = os.environ.get("ISOLATENCY_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isolatency"
-    return Path(root) / "kernels"
+    """Where compiled kernels are kept."""
+    return cache_folder() / "kernels"
 
 
 def compiler() -> str | None:

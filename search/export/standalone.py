@@ -13,6 +13,7 @@ from methods.apply import Installer
 from methods.model.load import MARKER
 from methods.model.positions import learned_positions
 from methods.model.tokenizer import n_embeddings
+from search.export import checked
 from search.export.registry import exporter
 from search.files import check_new_folder
 
@@ -42,14 +43,15 @@ def export_checkpoint(folder: Path, name: str, out: Path) -> Verification:
     module = exporter(name)
     check_new_folder(out, "--out")
     stored, loaded = checkpoint.read(folder), checkpoint.load_dense(folder)
-    module.export(out, loaded, policy_file.parse(stored.policy_text, loaded.structure), stored.edits)
-    with Installer(loaded.model, loaded.structure) as installer:
-        for site, edit in stored.edits.items():
-            installer.install(site, edit)
-        check = module.verify(out, loaded.model, sample_tokens(loaded))
-    if not check.ok:
-        raise ValueError(f"export {out}: what was loaded back is not the checkpoint's model: {check.message}")
-    return check
+    file = policy_file.parse(stored.policy_text, loaded.structure)
+
+    def verify(place: Path) -> Verification:
+        with Installer(loaded.model, loaded.structure) as installer:
+            for site, edit in stored.edits.items():
+                installer.install(site, edit)
+            return module.verify(place, loaded.model, sample_tokens(loaded))
+
+    return checked.export(out, lambda place: module.export(place, loaded, file, stored.edits), verify)
 
 
 def sample_tokens(loaded: LoadedModel) -> Tensor:

@@ -8,12 +8,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from methods.atomic import new_folder, remove_abandoned, staging_folder, write_bytes, write_text
+from methods.atomic import new_folder, remove_abandoned, set_aside, staging_folder, write_bytes, write_text
 from methods.locks import try_lock, unlock
 
 
 def full(descriptor: int) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
 
 
 def names(folder: Path) -> list[str]:
@@ -46,6 +50,36 @@ def test_a_new_folder_appears_whole_and_overwrites_nothing(tmp_path: Path) -> No
     assert names(tmp_path) == ["made"] and names(tmp_path / "made") == ["part"]
     with pytest.raises(FileExistsError, match="is not empty"), new_folder(tmp_path / "made"):
         pass
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_files_and_folders_have_the_modes_that_the_umask_leaves(tmp_path: Path, mask: int) -> None:
+    """Whatever a library does: safetensors writes for its own account alone."""
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "a" / "file.json", "text")
+        with new_folder(tmp_path / "model") as staging:
+            save_file({"w": torch.ones(3)}, staging / "model.safetensors")
+            (staging / "below").mkdir(mode=0o700)
+            (staging / "below" / "own").touch(mode=0o600)
+            (staging / "run").touch(mode=0o700)
+    finally:
+        os.umask(before)
+    model = tmp_path / "model"
+    assert mode(model) == mode(model / "below") == 0o777 & ~mask
+    files = tmp_path / "a" / "file.json", model / "model.safetensors", model / "below" / "own"
+    assert [mode(path) for path in files] == [0o666 & ~mask] * 3
+    assert mode(model / "run") == 0o700 | 0o666 & ~mask
+
+
+def test_what_is_damaged_is_moved_aside_under_a_name_of_its_own(tmp_path: Path) -> None:
+    for content in ("one", "two"):
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "file").write_text(content)
+        set_aside(tmp_path / "model")
+    assert names(tmp_path) == [".damaged-model", ".damaged-model-2"]
+    assert [(tmp_path / name / "file").read_text() for name in names(tmp_path)] == ["one", "two"]
+    assert remove_abandoned(tmp_path) == 0
 
 
 def test_only_what_nobody_is_writing_is_removed(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from methods.bank import Bank, Kept
+from methods.bank import Bank, DamagedEdit, Kept
 from methods.formats.format import parse_format
 from methods.formats.numerics import Compressed, decode_grid, payload_bits
 from methods.formats.sides import columns, low_rank
@@ -118,8 +118,9 @@ def test_a_damaged_file_is_an_error_that_says_what_to_do(tmp_path: Path, part: s
     if place is not None:
         data[place] ^= 1
     path.write_bytes({"truncated": data[:-5], "empty": b""}.get(part, bytes(data)))
-    with pytest.raises(ValueError, match="delete it and compute it again"):
+    with pytest.raises(DamagedEdit, match="delete it and compute it again") as damage:
         bank.get(SITE, decision)
+    assert damage.value.path == path
     bank.put(SITE, decision, edit("w3a16-g48-asym"))
     assert same(bank.get(SITE, decision), edit("w3a16-g48-asym"))
 
@@ -128,7 +129,7 @@ def test_a_file_of_another_pair_is_refused(tmp_path: Path) -> None:
     bank, one, other = Bank(tmp_path), Decision.of("rtn", format="bf16"), Decision.of("rtn", format="fp16")
     bank.put(SITE, one, edit("bf16"))
     bank.path(SITE, other).write_bytes(bank.path(SITE, one).read_bytes())
-    with pytest.raises(ValueError, match="holds rtn:format=bf16"):
+    with pytest.raises(DamagedEdit, match="holds rtn:format=bf16"):
         bank.get(SITE, other)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -219,3 +220,47 @@ def test_nothing_is_overwritten(folder: Path, tiny: LoadedModel) -> None:
         checkpoint.write(folder, tiny, file, edits)
     assert sorted(path.name for path in folder.iterdir()) == before
     read(folder)
+
+
+def test_a_checkpoint_that_does_not_read_back_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = loaded_tiny(tmp_path, "llama")
+    file, edits = _compressed(loaded)
+    read_linear = checkpoint._read_linear
+
+    def other(*arguments: Any) -> Compressed:
+        found = read_linear(*arguments)
+        return dataclasses.replace(found, dense=found.dense + 1)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(checkpoint, "_read_linear", other)
+        with pytest.raises(ValueError, match=r"does not read back as what was evaluated: .* decodes to other weights"):
+            checkpoint.write(tmp_path / "out", loaded, file, edits)
+    assert [path.name for path in tmp_path.iterdir()] == ["llama"]
+    checkpoint.write(tmp_path / "out", loaded, file, edits)
+
+
+@pytest.mark.parametrize("arch", ["llama", "llama-untied"])
+def test_a_checkpoint_whose_config_ties_otherwise_is_not_there(tmp_path: Path, arch: str) -> None:
+    """It could not be opened again: the head would be another one than the judged."""
+    loaded = loaded_tiny(tmp_path, arch)
+    file, edits = _compressed(loaded)
+    loaded.model.config.tie_word_embeddings = not loaded.structure.tied
+    with pytest.raises(ValueError, match=r"its config\.json makes the head (a tensor of its own|the embedding)"):
+        checkpoint.write(tmp_path / "out", loaded, file, edits)
+    assert [path.name for path in tmp_path.iterdir()] == [arch]
+
+
+def test_only_a_sound_checkpoint_of_the_same_weights_is_one(tmp_path: Path) -> None:
+    loaded = loaded_tiny(tmp_path, "llama")
+    file, edits = _compressed(loaded)
+    folder = tmp_path / "out"
+    checkpoint.write(folder, loaded, file, edits)
+    assert checkpoint.problem(folder, edits) == ""
+    name, edit = next((name, edit) for name, edit in edits.items() if edit.linears)
+    layer, compressed = next(iter(edit.linears.items()))
+    nudged = {**compressed.payload, "scale": compressed.payload["scale"] * 2}
+    other = {**edits, name: Edit({**edit.linears, layer: Compressed.of(compressed.format, nudged)}, edit.tensors)}
+    assert "holds other weights" in checkpoint.problem(folder, other)
+    (folder / "config.json").unlink()
+    assert checkpoint.problem(folder, edits) == f"{folder / 'config.json'} is missing"
+    assert "is not a compressed checkpoint" in checkpoint.problem(tmp_path, edits)

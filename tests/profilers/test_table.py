@@ -16,7 +16,7 @@ from profilers.kernels.catalogue import KERNELS
 from profilers.kernels.dense import Dense, DenseLinear
 from profilers.table import KernelKey, LatencyTable, MissingCell, Row, TableError
 from profilers.target import local_cpu
-from profilers.timer import Timing
+from profilers.timer import Timing, exclusive
 
 TARGET = local_cpu(1)
 KEY = KernelKey("linear", "w4a8-g32", 1, 96, 64)
@@ -84,21 +84,77 @@ def test_foreign_headers_are_refused(tmp_path: Path, change, message: str) -> No
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("line", ("{not json}", "[1]", '{"kernel": "a"}', '{"kernel": "a", "key": {"op": "linear"}}'))
-def test_a_broken_line_in_the_middle_is_refused(tmp_path: Path, line: str) -> None:
+LINES = (b"{not json}", b"[1]", b'{"kernel": "a"}', b'{"kernel": "a", "key": {"op": "linear"}}', b"\xff\x00", b"")
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_broken_line_is_left_out_with_a_word_and_gone_afterwards(
+    tmp_path: Path, line: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = LatencyTable.open(tmp_path, TARGET)
+    table.add([_row("a", 1.0), _row("b", 2.0)])
+    assert table.path is not None
+    whole = table.path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    table.path.write_bytes(b"".join([lines[0], lines[1], line + b"\n", lines[2]]))
+    with pytest.raises(InputError, match="line 3"):
+        LatencyTable.load(table.path)  # whoever asks whether it is sound is told
+    assert LatencyTable.open(tmp_path, TARGET).rows.keys() == table.rows.keys()
+    (told,) = caplog.messages
+    assert str(table.path) in told and "line 3" in told and "measured again" in told
+    assert table.path.read_bytes() == whole
+    caplog.clear()
+    assert LatencyTable.open(tmp_path, TARGET).rows.keys() == table.rows.keys() and not caplog.messages
+
+
+def test_a_line_whose_row_was_changed_is_measured_again(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, TARGET)
+    sweep.measure(TARGET, [KEY], table)
+    assert table.path is not None
+    lines = table.path.read_text().splitlines()
+    at = next(number for number, line in enumerate(lines) if '"kernel": "grouped"' in line)
+    median = json.loads(lines[at])["timing"]["median_ms"]
+    lines[at] = lines[at].replace(str(median), str(median / 100))
+    table.path.write_text("\n".join(lines) + "\n")
+    again = LatencyTable.open(tmp_path, TARGET)
+    assert again.missing([KEY]) == [KEY] and ("grouped", KEY) not in again.rows
+    sweep.measure(TARGET, [KEY], again)
+    assert LatencyTable.open(tmp_path, TARGET).missing([KEY]) == []
+
+
+def test_a_table_that_someone_is_writing_is_not_mended_under_him(tmp_path: Path) -> None:
     table = LatencyTable.open(tmp_path, TARGET)
     table.add([_row("a", 1.0)])
     assert table.path is not None
-    lines = table.path.read_text().splitlines()
-    table.path.write_text("\n".join([lines[0], line, lines[1]]) + "\n")
-    with pytest.raises(InputError, match="line 2"):
+    table.path.write_bytes(damaged := table.path.read_bytes() + b"{not json}\n")
+    with exclusive(tmp_path):
+        assert LatencyTable.open(tmp_path, TARGET).rows.keys() == table.rows.keys()
+    assert table.path.read_bytes() == damaged
+
+
+def test_a_file_that_is_mostly_damaged_is_refused(tmp_path: Path) -> None:
+    table = LatencyTable.open(tmp_path, TARGET)
+    table.add([_row("a", 1.0)])
+    assert table.path is not None
+    table.path.write_bytes(table.path.read_bytes() + b"{not json}\n" * 2)
+    with pytest.raises(InputError, match="line 3: not JSON"):
         LatencyTable.open(tmp_path, TARGET)
+
+
+def test_a_table_of_another_machine_is_whole_or_refused(tmp_path: Path) -> None:
+    """Nothing can be measured again there."""
+    table = LatencyTable.open(tmp_path, TARGET)
+    table.add([_row("a", 1.0), _row("b", 2.0)])
+    assert table.path is not None
+    table.path.write_bytes(table.path.read_bytes() + b"{not json}\n")
+    with pytest.raises(InputError, match="line 4: not JSON"):
+        LatencyTable.open(tmp_path, replace(TARGET, present=False, table=table.path))
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / f"{TARGET.fingerprint}.jsonl"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(TableError):
+    with pytest.raises(InputError):
         LatencyTable.open(tmp_path, TARGET)
 
 
@@ -160,14 +216,14 @@ def test_only_what_changes_timings_changes_the_fingerprint(monkeypatch: pytest.M
     assert local_cpu(1).fingerprint != before
 
 
-def test_a_row_that_was_changed_is_refused(tmp_path: Path) -> None:
+def test_a_row_that_was_changed_is_found(tmp_path: Path) -> None:
     table = LatencyTable.open(tmp_path, TARGET)
     table.add([_row("a", 1.0), _row("b", 2.0)])
     assert table.path is not None
     text = table.path.read_text()
     table.path.write_text(text.replace('"median_ms": 2.0', '"median_ms": 3.0'))
     with pytest.raises(TableError, match="line 3 was changed: its checksum does not fit"):
-        LatencyTable.open(tmp_path, TARGET)
+        LatencyTable.load(table.path)
     without = [{k: v for k, v in json.loads(line).items() if k != "sha256"} for line in text.splitlines()]
     table.path.write_text("".join(json.dumps(line) + "\n" for line in without))
     assert LatencyTable.open(tmp_path, TARGET).rows.keys() == table.rows.keys()  # as earlier versions wrote them

@@ -1,5 +1,6 @@
 """The store: killed, resumed, shared, and refused to strangers."""
 
+import contextlib
 import logging
 import signal
 import sqlite3
@@ -215,3 +216,45 @@ def test_two_studies_share_a_file(tmp_path: Path) -> None:
     assert one.record(trial(0)) and other.record(trial(0, kl=3.0)) and other.record(trial(1))
     assert [record.kl for record in one.records()] == [0.1] and [record.kl for record in other.records()] == [3.0, 1.1]
     assert Store(f"sqlite:///{tmp_path / 'all.db'}", "one", {"model": "one"}).records() == one.records()
+
+
+def test_a_study_that_was_renamed_keeps_its_evaluations(tmp_path: Path) -> None:
+    Store(tmp_path / "study.db", "before (2)", CONTEXT).record(trial(0))
+    Store(tmp_path / "study.db", "before (1)", CONTEXT).record(trial(2))
+    renamed = Store(tmp_path / "study.db", "after (2)", CONTEXT, ending=" (2)")
+    assert renamed.records() == [trial(0)]
+    renamed.record(trial(1))
+    assert len(Store(tmp_path / "study.db", "before (2)", CONTEXT).records()) == 2
+    assert Store(tmp_path / "study.db", "after (2)", CONTEXT).records() == []  # a shared one holds others beside it
+
+
+def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "places.db"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE bookmarks (url TEXT)")
+        database.commit()
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"places\.db holds another program's tables \(bookmarks\); choose another --store"):
+        Store(path, "s", CONTEXT)
+    assert path.read_bytes() == before
+
+
+def test_a_file_beside_the_store_is_not_emptied(tmp_path: Path) -> None:
+    (tmp_path / "poetry.lock").write_text("mine")
+    Store(tmp_path / "poetry", "s", CONTEXT)
+    assert (tmp_path / "poetry.lock").read_text() == "mine"
+
+
+def test_a_folder_as_a_store_is_refused_and_an_empty_file_filled(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="folder cannot be opened as a study"):
+        Store(tmp_path / "folder", "s", CONTEXT)
+    (tmp_path / "empty.db").touch()
+    assert Store(tmp_path / "empty.db", "s", CONTEXT).record(trial(0))
+
+
+@pytest.mark.parametrize("name", ["a?b", "100%", "a%20b", "a#b", "größe"])
+def test_a_store_lies_where_it_was_said_to(tmp_path: Path, name: str) -> None:
+    assert Store(tmp_path / name / "study.db", "s", CONTEXT).record(trial(0))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert Store(tmp_path / name / "study.db", "s", CONTEXT).records() == [trial(0)]

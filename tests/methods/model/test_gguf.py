@@ -17,6 +17,7 @@ from methods.model.gguf_header import Header
 from methods.model.load import load
 from methods.model.trace import logits_of
 from methods.model.weights import weight_of
+from search.cache import _model
 from tests.gguf_files import add_tokenizer, write_gguf
 from tests.tiny import seeded, tiny_model, tiny_tokenizer, tiny_tokens
 
@@ -72,6 +73,24 @@ def test_it_is_converted_once_and_silently(tmp_path, capfd):
     assert first.digest == again.digest
     assert first.notes == again.notes != ()
     assert len(list((tmp_path / "cache" / "models").iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_conversion_that_was_damaged_is_made_again(name, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_tiny(path)
+    log: list[str] = []
+    first = load(str(path), tmp_path / "cache", log=log.append)
+    (folder,) = (tmp_path / "cache" / "models").iterdir()
+    whole = (folder / name).read_bytes()
+    damaged = bytearray(whole)
+    damaged[-20] ^= 1
+    (folder / name).write_bytes(damaged)
+    assert "is damaged" in _model(folder)
+    again = load(str(path), tmp_path / "cache", log=log.append)
+    assert again.digest == first.digest and (folder / name).read_bytes() == whole and not _model(folder)
+    assert f"{name} was changed after it was written" in log[1] and len(log) == 3
+    assert list((tmp_path / "cache" / "models").iterdir()) == [folder]
 
 
 def test_damage_is_found(tmp_path):
