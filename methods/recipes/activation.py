@@ -110,7 +110,12 @@ FPTQ_STATIC = replace(
 OUTLIER_SUPPRESSION = Recipe(
     name="outlier-suppression",
     summary="moves the norm's weight into the layers, fixes the inputs' range where clipping the few largest tokens pays",
-    source=Source("Outlier Suppression: Pushing the Limit of Low-bit Transformer Language Models", 2022, "arXiv 2209.13325"),
+    source=Source(
+        "Outlier Suppression: Pushing the Limit of Low-bit Transformer Language Models",
+        2022,
+        "arXiv 2209.13325",
+        adapted="encoders and sequence-to-sequence models",
+    ),
     family="activation",
     transform="gamma",
     compensator="token-clip",
@@ -138,7 +143,10 @@ PEG = Recipe(
     name="peg",
     summary="rounds inputs with a fixed scale and offset for each of equal groups of them, sorted by range",
     source=Source(
-        "Understanding and Overcoming the Challenges of Efficient Transformer Quantization", 2021, "arXiv 2109.12948"
+        "Understanding and Overcoming the Challenges of Efficient Transformer Quantization",
+        2021,
+        "arXiv 2109.12948",
+        adapted="encoders",
     ),
     family="activation",
     compensator="static-groups",

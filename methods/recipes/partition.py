@@ -173,6 +173,7 @@ GOBO = Recipe(
         2020,
         "arXiv 2005.03842",
         "section 4",
+        adapted="encoders",
     ),
     family="partition",
     partition="unlikely",
