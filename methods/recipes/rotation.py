@@ -20,7 +20,8 @@ ROTATE_KNOBS = {"seed": SEED, "heads": KnobSpec(True, options=(True, False))}
 
 QUAROT = ModelMethod(
     name="quarot",
-    summary="turns the residual stream and the value heads by random Hadamard matrices, fused into the weights",
+    summary="turns the residual stream and the value heads by random Hadamard matrices, fused into the weights; for rounded inputs:"
+    " where weights alone are rounded, first tokens lose by it",
     source=Source("QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024, "arXiv 2404.00456", "section 4, stage 1"),
     knobs=ROTATE_KNOBS,
     rotates=True,
