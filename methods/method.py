@@ -42,12 +42,16 @@ class Stage(Enum):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a method was published."""
+    """Where a method was published.
+
+    adapted: the kind of models it was published for, where those are no decoder-only language models; "" where they are.
+    """
 
     title: str
     year: int
     ref: str
     where: str = ""
+    adapted: str = ""
 
 
 @dataclass(frozen=True)

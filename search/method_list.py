@@ -114,7 +114,8 @@ def _word(value: Knob) -> str:
 
 def _source(source: Source) -> str:
     where = f", {source.where}" if source.where else ""
-    return f"{source.title} ({source.year}), {source.ref}{where}"
+    adapted = f"; adapted, the original was for {source.adapted}" if source.adapted else ""
+    return f"{source.title} ({source.year}), {source.ref}{where}{adapted}"
 
 
 def allowed(recipe: Recipe) -> dict[str, list[Format]]:

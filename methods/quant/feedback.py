@@ -47,7 +47,7 @@ def feedback(
     GPTQ (Frantar 2023), algorithm 1, with lazy updates of `block` columns. Deviation: dead columns are rounded, not zeroed.
     """
     d_out, d_in = weight.shape
-    order = _order(hessian, act_order, kept)
+    order = sweep_order(hessian, act_order, kept)
     factor = inverse_factor(hessian[order][:, order], damping)
     drawn = None if drift is None else pull(drift[order][:, order], factor).to(weight.dtype)
     upper = factor.to(weight.dtype)
@@ -77,7 +77,7 @@ def feedback(
     return Rounded(_placed(codes.to(torch.uint8), order), None if values is None else _placed(values.float(), order))
 
 
-def _order(hessian: Tensor, act_order: bool, kept: Tensor | None) -> Tensor:
+def sweep_order(hessian: Tensor, act_order: bool, kept: Tensor | None) -> Tensor:
     """The columns (d_in,) in the order of the sweep."""
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(len(hessian))
     return order if kept is None else order[kept.all(0)[order].to(torch.uint8).argsort(stable=True)]

@@ -38,7 +38,7 @@ from methods.quant.rounders import by_chance, by_drift, by_feedback, by_ldlq, by
 from methods.quant.scaling import by_awq, by_gamma, by_log_equalize, by_outlier_plus, by_pre_shift, by_smooth
 from methods.quant.signround import Offsets, signed
 from methods.quant.split_merge import by_disassembly, by_reassembly
-from methods.quant.spqr import by_leave_one_out
+from methods.quant.spqr import by_leave_one_out, by_outliers
 from methods.quant.squeezellm import by_fisher, by_sensitivity
 from methods.quant.static_range import by_clusters, by_groups, by_quiet_range, by_range, by_scale_search, by_token_clip
 from methods.quant.task import Change, Knobs, Rounded, Task
@@ -98,6 +98,7 @@ ROUNDERS: Mapping[str, Rounder] = {
     "stochastic": by_chance,
     "feedback": by_feedback,
     "feedback-drift": by_drift,
+    "feedback-outliers": by_outliers,
     "ldlq": by_ldlq,
     "obq": by_obq,
     "nearest+greedy": refined(by_nearest),

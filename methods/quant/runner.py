@@ -139,8 +139,9 @@ def _payload(recipe: Recipe, task: Task, change: Change) -> Mapping[str, Tensor]
     grid = fitter(task)
     rounded = ROUNDERS[recipe.rounder](task, grid)
     parts = payload(rounded.codes, grid if rounded.grid is None else rounded.grid)
-    if task.kept is not None and bool(task.kept.any()):
-        parts.update(side_of(task.kept, task.weight if rounded.values is None else rounded.values))
+    kept = task.kept if rounded.kept is None else rounded.kept
+    if kept is not None and bool(kept.any()):
+        parts.update(side_of(kept, task.weight if rounded.values is None else rounded.values))
     if recipe.compensator:
         parts.update(COMPENSATORS[recipe.compensator](task, Compressed.of(task.fmt, parts).dense))
     if task.name in change.turns:

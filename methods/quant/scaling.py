@@ -10,6 +10,7 @@ from methods.formats.format import Format
 from methods.method import Need, SiteView, Stats
 from methods.quant.awq import awq
 from methods.quant.fold import fold, gain
+from methods.quant.incoherence import Rotation
 from methods.quant.log_equalize import input_rule, log_equalize
 from methods.quant.outlier_plus import outlier_plus
 from methods.quant.pre_shift import pre_shift
@@ -48,8 +49,17 @@ def by_gamma(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Kno
 
 
 def by_pre_shift(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Change:
-    """LLM-FP4's powers of two; knob `limit`."""
-    return _folded(view, pre_shift(_of_inputs(view, stats, Need.ABS_MAX), int(knobs["limit"])))
+    """LLM-FP4's powers of two; knob `limit`.
+
+    Folded into the norm where there is one, which then costs nothing. Elsewhere whoever rounds the inputs divides each by its own, as
+    the paper's quantiser does with its exponent bias: `turn.ratio` of the payload.
+    """
+    limit = int(knobs["limit"])
+    if view.norm is not None:
+        return _folded(view, pre_shift(_of_inputs(view, stats, Need.ABS_MAX), limit))
+    scales = {name: pre_shift(statistic(stats[name], name, Need.ABS_MAX), limit) for name in view.weights}
+    turns = {name: Rotation({"turn.ratio": scale.bfloat16()}) for name, scale in scales.items() if bool((scale != 1).any())}
+    return Change(turns=turns)
 
 
 def _of_inputs(view: SiteView, stats: Mapping[str, Stats], need: Need) -> Tensor:

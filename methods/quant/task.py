@@ -54,12 +54,14 @@ def statistic(stats: Stats, name: str, need: Need) -> Tensor:
 class Rounded:
     """What a rounder gives: codes (d_out, d_in) uint8, and the values that `kept` elements have at the end, (d_out, d_in) fp32.
 
-    values is None where elements kept their weight, or none is kept; grid: where the rounder fitted it anew.
+    values is None where elements kept their weight, or none is kept; grid: where the rounder fitted it anew; kept: the elements off the
+    grid at the end, where the rounder took more of them off than the task says.
     """
 
     codes: Tensor
     values: Tensor | None = None
     grid: Grid | None = None
+    kept: Tensor | None = None
 
 
 class Turn(Protocol):

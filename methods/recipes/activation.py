@@ -56,6 +56,11 @@ def tensor_bits(d_out: int, d_in: int, knobs: Mapping[str, Knob]) -> float:
     return 64 / (d_out * d_in)
 
 
+def shifted_bits(d_out: int, d_in: int, knobs: Mapping[str, Knob]) -> float:
+    """Those, and a power of two in 16 bits for every input where no norm takes it."""
+    return tensor_bits(d_out, d_in, knobs) + (16 / d_out if knobs["limit"] else 0.0)
+
+
 def input_bits(d_out: int, d_in: int, knobs: Mapping[str, Knob]) -> float:
     """Bits a weight of a scale and an offset in fp32 for every input of a layer."""
     return 64 / d_out
@@ -105,7 +110,12 @@ FPTQ_STATIC = replace(
 OUTLIER_SUPPRESSION = Recipe(
     name="outlier-suppression",
     summary="moves the norm's weight into the layers, fixes the inputs' range where clipping the few largest tokens pays",
-    source=Source("Outlier Suppression: Pushing the Limit of Low-bit Transformer Language Models", 2022, "arXiv 2209.13325"),
+    source=Source(
+        "Outlier Suppression: Pushing the Limit of Low-bit Transformer Language Models",
+        2022,
+        "arXiv 2209.13325",
+        adapted="encoders and sequence-to-sequence models",
+    ),
     family="activation",
     transform="gamma",
     compensator="token-clip",
@@ -133,7 +143,10 @@ PEG = Recipe(
     name="peg",
     summary="rounds inputs with a fixed scale and offset for each of equal groups of them, sorted by range",
     source=Source(
-        "Understanding and Overcoming the Challenges of Efficient Transformer Quantization", 2021, "arXiv 2109.12948"
+        "Understanding and Overcoming the Challenges of Efficient Transformer Quantization",
+        2021,
+        "arXiv 2109.12948",
+        adapted="encoders",
     ),
     family="activation",
     compensator="static-groups",
@@ -185,20 +198,19 @@ QLLM = Recipe(
 
 LLM_FP4 = Recipe(
     name="llm-fp4",
-    summary="inputs as minifloats, a power of two for each folded into the norm, one fixed scale that the outputs like best",
+    summary="inputs as minifloats, a power of two for each folded into the weights, one fixed scale that the outputs like best",
     source=Source("LLM-FP4: 4-Bit Floating-Point Quantized Transformers", 2023, "arXiv 2310.16836"),
     family="format",
     transform="pre-shift",
     fitter="mse",
     compensator="scale-search",
-    sites=norm_site,
     knobs={
         "limit": KnobSpec(3, low=0, high=16, kind=int),
         "steps": KnobSpec(100, low=1, high=1000, kind=int),
         "fitter": replace(FITTER, default="mse"),
     },
     formats=static_floats,
-    side_bits=tensor_bits,
+    side_bits=shifted_bits,
     simulated=_SIMULATED,
     limits=(Limit({"limit": 0}, "rtn", {"fitter": "mse"}, format="e2m1ae2m1-tensor-g48"),),
 )

@@ -46,7 +46,11 @@ VS_QUANT = Recipe(
     name="vs-quant",
     summary="a scale for every 16 or so inputs, kept as a small integer times one number a channel",
     source=Source(
-        "VS-Quant: Per-vector Scaled Quantization for Accurate Low-Precision Inference", 2021, "arXiv 2102.04503", "section 4"
+        "VS-Quant: Per-vector Scaled Quantization for Accurate Low-Precision Inference",
+        2021,
+        "arXiv 2102.04503",
+        "section 4",
+        adapted="vision models and encoders",
     ),
     family="format",
     knobs={"fitter": FITTER},
@@ -58,7 +62,13 @@ VS_QUANT = Recipe(
 BCQ = Recipe(
     name="bcq",
     summary="weights as sums of a few signed terms a group, by alternating least squares",
-    source=Source("Alternating Multi-bit Quantization for Recurrent Neural Networks", 2018, "arXiv 1802.00150", "algorithm 2"),
+    source=Source(
+        "Alternating Multi-bit Quantization for Recurrent Neural Networks",
+        2018,
+        "arXiv 1802.00150",
+        "algorithm 2",
+        adapted="recurrent language models",
+    ),
     family="format",
     fitter="bcq",
     knobs=_ROUNDS,

@@ -120,7 +120,7 @@ OWQ = Recipe(
 
 SPQR = Recipe(
     name="spqr",
-    summary="keeps single weights that spoil their group's grid in 16 bits, where they take part in the feedback",
+    summary="keeps single weights that spoil their group's grid, or round badly in the sweep, in 16 bits",
     source=Source(
         "SpQR: A Sparse-Quantized Representation for Near-Lossless LLM Weight Compression",
         2023,
@@ -129,7 +129,7 @@ SPQR = Recipe(
     ),
     family="partition",
     partition="leave-one-out",
-    rounder="feedback",
+    rounder="feedback-outliers",
     stacks=False,
     formats=spanned_groups,
     knobs={
@@ -173,6 +173,7 @@ GOBO = Recipe(
         2020,
         "arXiv 2005.03842",
         "section 4",
+        adapted="encoders",
     ),
     family="partition",
     partition="unlikely",

@@ -40,6 +40,7 @@ PART_NEEDS: Mapping[str, frozenset[Need]] = {
     "lqer": frozenset({Need.ABS_MEAN}),
     "qera": _COUNTED,
     "feedback-drift": frozenset({*_COUNTED, Need.DRIFT, Need.FIRST_DRIFT}),
+    "feedback-outliers": _COUNTED,
     "ldlq": _COUNTED,
     "obq": _COUNTED,
     "nearest+greedy": _COUNTED,

@@ -11,7 +11,7 @@ from methods.model.structure import Site
 from methods.policy import Knob
 from methods.recipes.gptq import FIRST
 from methods.recipes.model_method import ModelMethod
-from methods.recipes.recipe import KnobSpec, Limit, Recipe
+from methods.recipes.recipe import KnobSpec, Limit, Recipe, grid_format
 from methods.recipes.rounding import DAMPING, PASSES
 from methods.recipes.rtn import FITTER
 
@@ -20,7 +20,8 @@ ROTATE_KNOBS = {"seed": SEED, "heads": KnobSpec(True, options=(True, False))}
 
 QUAROT = ModelMethod(
     name="quarot",
-    summary="turns the residual stream and the value heads by random Hadamard matrices, fused into the weights",
+    summary="turns the residual stream and the value heads by random Hadamard matrices, fused into the weights; for rounded inputs:"
+    " where weights alone are rounded, first tokens lose by it",
     source=Source("QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024, "arXiv 2404.00456", "section 4, stage 1"),
     knobs=ROTATE_KNOBS,
     rotates=True,
@@ -67,11 +68,16 @@ BLOCK_HADAMARD = Recipe(
     ),
     family="transform",
     transform="block-hadamard",
+    formats=grid_format,
     sites=_block_site,
     knobs={"fitter": FITTER, "block": KnobSpec("auto", options=("auto",), low=1, high=65536, kind=int)},
     side_bits=lambda d_out, d_in, knobs: 32 / (d_out * d_in) if block_of(d_in, knobs) > 1 else 0.0,
     simulated=_ONLINE,
-    limits=(Limit({"block": 1}, "rtn"), Limit({"block": 1, "fitter": "mse"}, "rtn", {"fitter": "mse"})),
+    limits=(
+        Limit({"block": 1}, "rtn"),
+        Limit({"block": 1, "fitter": "mse"}, "rtn", {"fitter": "mse"}),
+        Limit({"block": 1}, "rtn", format="nvfp4a4"),
+    ),
 )
 
 

@@ -56,6 +56,7 @@ OBQ = Recipe(
         2022,
         "arXiv 2208.11580",
         "section 5",
+        adapted="vision models and encoders",
     ),
     rounder="obq",
     knobs={
@@ -94,7 +95,13 @@ GPTQ_GREEDY = Recipe(
 STOCHASTIC = Recipe(
     name="stochastic",
     summary="rounds up or down by chance, so that a weight is right on average",
-    source=Source("Deep Learning with Limited Numerical Precision", 2015, "arXiv 1502.02551", "equation 1"),
+    source=Source(
+        "Deep Learning with Limited Numerical Precision",
+        2015,
+        "arXiv 1502.02551",
+        "equation 1",
+        adapted="the training of vision models",
+    ),
     rounder="stochastic",
     knobs={
         "fitter": FITTER,

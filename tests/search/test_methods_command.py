@@ -96,6 +96,24 @@ def test_what_runs_is_what_kernels_support() -> None:
     assert runs(METHODS["none"]) == "dense kernels"
 
 
+def test_a_method_that_was_published_for_other_models_says_so() -> None:
+    adapted = {name: recipe.source.adapted for name, recipe in METHODS.items() if recipe.source.adapted}
+    assert adapted == {
+        "adaround": "vision models",
+        "adaround-block": "vision models",
+        "bcq": "recurrent language models",
+        "gobo": "encoders",
+        "obq": "vision models and encoders",
+        "outlier-suppression": "encoders and sequence-to-sequence models",
+        "peg": "encoders",
+        "stochastic": "the training of vision models",
+        "vs-quant": "vision models and encoders",
+    }
+    told = " ".join(details("gobo").split())
+    assert "arXiv 2005.03842, section 4; adapted, the original was for encoders" in told
+    assert "adapted" not in details("gptq")
+
+
 def test_details_tell_what_is_refused_and_where_the_limits_are() -> None:
     text = details("awq")
     assert "follows no norm" in " ".join(text.split())

@@ -38,7 +38,7 @@ OWN = {
     "zeroquant-fp": ("e2m1ae4m3-token-g64",),
     "llm-fp4": ("e2m1ae2m1-tensor",),
     "four-six": ("nvfp4a4",),
-    "block-hadamard": ("w4a4-token",),
+    "block-hadamard": ("mxfp4a4",),
     "quip": ("w2a16",),
     "imatrix": ("q4_0",),
 }

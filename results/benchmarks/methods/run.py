@@ -39,7 +39,8 @@ from methods.model.blocks import BlockRunner
 from methods.model.load import LoadedModel, load
 from methods.model.structure import Site, Structure
 from search.config import default_cache
-from search.data import read_documents, tokenize, tokens_hash
+from search.data import tokenize, tokens_hash
+from search.documents import read_documents
 from search.evaluate import Evaluator, Switch
 from search.files import content_key
 

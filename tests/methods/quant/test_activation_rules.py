@@ -17,6 +17,7 @@ from methods.policy import Decision, Knob
 from methods.quant.clusters import like_ranges, range_of_label, sorted_ranges
 from methods.quant.log_equalize import input_rule
 from methods.quant.minmax import minmax
+from methods.quant.mse import mse
 from methods.quant.nearest import nearest
 from methods.quant.pow2 import pow2_each, pow2_ratio
 from methods.quant.split_merge import by_disassembly, copies
@@ -218,6 +219,36 @@ def test_scale_search_is_never_worse_than_the_largest_input() -> None:
     assert float(full["act.scale"]) == pytest.approx(float(x.abs().max()) / 6)
     assert float(searched["act.scale"]) < float(full["act.scale"])
     assert input_error(made, searched, x) < input_error(made, full, x)
+
+
+def test_llm_fp4_shifts_the_inputs_of_a_site_without_a_norm_by_powers_of_two() -> None:
+    """Against the rule written out: input j over s_j onto the fixed scale, rounded, and columns times s_j on the weight's own grid."""
+    x, weight = loud_inputs(60), random(11, D_IN, seed=7) * 0.1
+    site = Site("down", "down", 0, (LayerSpec("down", "down", 0, D_IN, 11),))
+    stats = {"down": Stats(len(x), abs_max=x.abs().amax(0), sample=x)}
+    decision = Decision.of("llm-fp4", format="e2m1ae2m1-tensor-g48", steps=20)
+    assert refuses(site, decision) is None
+    edit = apply(SiteView(site, {"down": weight}), stats, decision)
+    made = edit.linears["down"]
+    largest = x.abs().amax(0)
+    shift = 2.0 ** -(largest.max() / largest).log2().round().clamp(0, 3)
+    assert torch.equal(made.payload["turn.ratio"].float(), shift) and len(shift.unique()) == 4
+    fmt = made.format
+    inner = decode(fmt, nearest(weight * shift, fmt, mse(weight * shift, fmt)))
+    assert torch.equal(made.dense, inner / shift)
+    levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+    def rounded(scale: float) -> torch.Tensor:
+        steps = x / shift / scale
+        return levels[(steps.abs()[..., None] - levels).abs().argmin(-1)] * steps.sign() * scale
+
+    top = float((x / shift).abs().max()) / 6
+    errors = [float((rounded(top * (1 - k / 20)) @ inner.T - x @ weight.T).square().sum()) for k in range(20)]
+    assert float(made.payload["act.scale"]) == pytest.approx(top * (1 - errors.index(min(errors)) / 20))
+    got = quantize_activation(x, fmt, made.payload) @ made.dense.T
+    assert float((got - x @ weight.T).square().sum()) == pytest.approx(min(errors), rel=1e-3)
+    still = apply(SiteView(site, {"down": weight}), stats, Decision.of("llm-fp4", format="e2m1ae2m1-tensor-g48", limit=0))
+    assert not any(part.startswith("turn.") for part in still.linears["down"].payload)
 
 
 def test_fptq_fixes_the_scale_only_below_its_bound() -> None:

@@ -103,7 +103,7 @@ def test_hqq_starts_at_minmax_and_lowers_the_robust_norm_of_every_group(name: st
     assert robust.sum() < 0.99 * plain.sum()
 
 
-def test_hqq_equals_its_equations_written_out() -> None:
+def test_hqq_iterates_in_fp32_and_keeps_the_best_offset_that_can_be_stored() -> None:
     fmt, weight = parse_format("w3a16-g48-asym"), weights()
     start, fitted = minmax(weight, fmt), hqq(weight, fmt, 5)
     assert start.offset is not None and fitted.offset is not None
@@ -111,13 +111,15 @@ def test_hqq_equals_its_equations_written_out() -> None:
     for row in range(len(weight)):
         for group in range(3):
             w, s = weight[row, group * 48 : group * 48 + 48], start.scale[row, group].float()
-            met, beta, z = [], 10.0, start.offset[row, group]
+            met, beta, z = [], 10.0, start.offset[row, group].float()
             for _ in range(6):
-                codes = ((w - z.float()) / s).round().clamp(0, 7)
-                d = (w - codes * s - z.float()) / s
-                met.append((float((d.abs() ** 0.7).sum()), float(z)))
+                stored = z.bfloat16().float()
+                d = (w - ((w - stored) / s).round().clamp(0, 7) * s - stored) / s
+                met.append((float((d.abs() ** 0.7).sum()), float(stored)))
+                codes = ((w - z) / s).round().clamp(0, 7)
+                d = (w - codes * s - z) / s
                 e = torch.sign(d) * torch.relu(d.abs() - d.abs().clamp(min=1e-6) ** -0.3 / beta)
-                z = (w - codes * s - e * s).mean().bfloat16()
+                z = (w - codes * s - e * s).mean()
                 beta *= 1.01
             best = [z for norm, z in met if norm <= min(met)[0] * (1 + 1e-6)]
             assert float(fitted.offset[row, group]) in best

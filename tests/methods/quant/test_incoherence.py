@@ -11,13 +11,15 @@ from torch import nn
 from methods.apply import Installer
 from methods.catalogue import METHODS, apply, plan, refuses
 from methods.formats.format import parse_format
-from methods.formats.numerics import payload_bits, quantize_activation
+from methods.formats.numerics import decode, payload_bits, quantize_activation
 from methods.formats.turns import inputs_back, is_turned, turned, turned_back, turned_inputs
 from methods.hadamard import hadamard
 from methods.method import Edit, SiteView, Stats
 from methods.model.structure import LayerSpec, Site
 from methods.policy import Decision
 from methods.quant.incoherence import Rotation, by_rms, kronecker_turn, rescaling
+from methods.quant.minmax import minmax
+from methods.quant.nearest import nearest
 from methods.quant.task import Task
 from methods.recipes.rotation import factors
 
@@ -215,6 +217,23 @@ def test_inputs_are_rounded_where_they_are_rotated() -> None:
     exact = x @ w.T
     # One input is 20 times the others: it sets the scale of every token until it is spread.
     assert (found - exact).square().sum() < 0.5 * (plainly - exact).square().sum()
+
+
+@pytest.mark.parametrize("name", ["nvfp4a4", "mxfp4a4"])
+def test_block_hadamard_rounds_blocks_of_fp4_where_they_are_rotated(name: str) -> None:
+    """Weights and inputs, each group with a scale of its own in the rotated basis, by the products with the matrix written out."""
+    w, x, fmt = weight(), inputs(50), parse_format(name)
+    decision = Decision.of("block-hadamard", format=name)
+    assert refuses(SITE, decision) is None
+    compressed = apply(SiteView(SITE, {"down": w}), {}, decision).linears["down"]
+    v = torch.block_diag(*[hadamard(32)] * 3)
+    turned_weight = (w.double() @ v.T).float()
+    grid = nearest(turned_weight, fmt, minmax(turned_weight, fmt))
+    # Sums in another order may tip a tie of a weight, or the power of two of a block's scale.
+    assert (compressed.payload["codes"] == grid["codes"]).float().mean() > 0.99
+    outputs = quantize_activation((x.double() @ v.T).float(), fmt) @ decode(fmt, grid).T
+    found = quantize_activation(x, fmt, compressed.payload) @ compressed.dense.T
+    assert float((found - outputs).square().sum() / outputs.square().sum()) < 1e-3
 
 
 @pytest.mark.parametrize(

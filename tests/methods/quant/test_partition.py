@@ -28,7 +28,7 @@ from methods.quant.olive import SEARCH, olive, pair_codes
 from methods.quant.outliers import at_most, cast, filled, largest
 from methods.quant.owq import sensitive_columns
 from methods.quant.parts import FITTERS
-from methods.quant.spqr import gains
+from methods.quant.spqr import by_outliers, gains
 from methods.quant.squeezellm import fisher_grid, sensitive_or_large
 from methods.quant.task import Task
 
@@ -211,6 +211,40 @@ def test_a_layer_that_no_token_reached_rounds_as_well_as_it_can(method: str, fmt
     )
     dense = apply(SiteView(SITE, {"down": WEIGHT}), {"down": unseen}, Decision.of(method, format=fmt)).linears["down"].dense
     assert (dense - WEIGHT).square().sum() < 0.06 * WEIGHT.square().sum()
+
+
+@pytest.mark.parametrize(("outliers", "spent"), [(0.1, False), (0.01, True)])
+def test_spqr_takes_off_in_the_sweep_what_rounds_badly_there(outliers: float, spent: bool) -> None:
+    """Against the sweep written out: every column by the inverse Hessian of those still to come, one inverse a column."""
+    fmt, x, damping = parse_format("w4a16-g48"), inputs(), 0.1
+    hessian = (x.T @ x / len(x)).double()
+    before = torch.zeros(D_OUT, D_IN, dtype=torch.bool)
+    before[3, 20] = before[11, 70] = True
+    grid = minmax(filled(WEIGHT, before, fmt), fmt)
+    knobs = {"threshold": 0.1, "outliers": outliers, "damping": damping, "act_order": True}
+    view = SiteView(SITE, {"down": WEIGHT})
+    task = Task("down", view, WEIGHT, Stats(len(x), hessian=hessian.float(), first=x[:0]), fmt, knobs, before)
+    order = hessian.diagonal().argsort(descending=True)
+    damped = hessian + damping * hessian.diagonal().mean() * torch.eye(D_IN)
+    inverses = [damped[order[i:]][:, order[i:]].inverse() for i in range(D_IN)]
+    pivots = torch.stack([inverse[0, 0] for inverse in inverses])
+    limit = 0.1 * float((WEIGHT.double().var(0, correction=0)[order] / pivots).mean())
+    weight, kept, dense = WEIGHT.double().clone(), before.clone(), torch.zeros(D_OUT, D_IN).double()
+    places = at_most(outliers, D_OUT * D_IN) - 2
+    for i, column in enumerate(order.tolist()):
+        rounded = decode(fmt, nearest(weight.float(), fmt, grid)).double()[:, column]
+        lost = (weight[:, column] - rounded).square() / pivots[i]
+        for row in lost.argsort(descending=True).tolist():
+            if lost[row] > limit and not kept[row, column] and places:
+                kept[row, column], places = True, places - 1
+        dense[:, column] = torch.where(kept[:, column], weight[:, column].bfloat16().double(), rounded)
+        error = (weight[:, column] - dense[:, column]) / pivots[i]
+        weight[:, order[i:]] -= error[:, None] * inverses[i][0]
+    result = by_outliers(task, grid)
+    assert result.kept is not None and result.values is not None
+    assert torch.equal(result.kept, kept) and int(kept.sum()) > 12 and (places == 0) == spent
+    found = torch.where(kept, result.values, decode(fmt, {"codes": result.codes, "scale": grid.scale}))
+    torch.testing.assert_close(found.double(), dense, rtol=1e-2, atol=1e-6)
 
 
 def test_fewer_elements_exceed_a_higher_threshold() -> None:
