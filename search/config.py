@@ -312,9 +312,9 @@ def from_arguments(arguments: argparse.Namespace) -> RunConfig:
     if getattr(arguments, "config", None) is not None:
         try:
             values.update(read_toml(Path(arguments.config)))
-            values.update(moved_study(Path(arguments.config), RunConfig(**values).folder))
         except ConfigError as error:
             raise ConfigError(f"--config {error}") from None
+        values.update(moved_study(Path(arguments.config), RunConfig(**values).folder))
     for item in dataclasses.fields(RunConfig):
         if hasattr(arguments, item.name):
             values[item.name] = getattr(arguments, item.name)

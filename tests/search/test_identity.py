@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +15,11 @@ from methods.policy import DENSE, Decision, Policy
 from profilers.target import local_cpu
 from search.cli import main
 from search.config import ConfigError
+from search.curves import latency_pairs
+from search.files import sealed, unsealed
 from search.folder import check_same
 from search.prepared import by_format
-from search.results import latency_pairs, saved_answer, saved_config, saved_prepared
+from search.results import saved_answer, saved_config, saved_prepared
 from tests.search.run_server import fixed_prices, one_core
 from tests.tiny import save_tiny
 
@@ -60,10 +61,10 @@ def run(box: Path, study: str, *flags: str) -> int:
 def on_another_device(study: Path) -> None:
     """Rewrites what the study says of its device: another torch, fewer threads, one cache less."""
     path = study / "steps" / "prepared.json"
-    data = json.loads(path.read_text())
+    data = unsealed(path.read_text(), path)
     target = data["value"]["target"]
     target |= {"fingerprint": "0" * 16, "facts": {**target["facts"], "torch": "1.0", "flags": ["avx2", "old"]}}
-    path.write_text(json.dumps(data))
+    path.write_text(sealed(data))
 
 
 def test_a_map_outlives_text_and_methods_and_nothing_else(box: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +91,7 @@ def test_a_policy_that_the_map_was_fitted_on_is_no_test_of_it(box: Path) -> None
     answer, prepared = saved_answer(folder), saved_prepared(folder)
     fitted = {run.policy_key for run in prepared.map.runs}  # type: ignore[union-attr]
     known = [item for item in answer.finalists if item.policy.sites and by_format(item.policy).key() in fitted]
-    pairs = latency_pairs(folder, answer, prepared, saved_config(folder).stated_workloads)
+    pairs = latency_pairs([answer], prepared, saved_config(folder).stated_workloads)
     measured = [item for item in answer.finalists if item.policy.sites]
     assert known and sum(map(len, pairs.values())) == len(measured) - len(known)
 

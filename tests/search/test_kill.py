@@ -62,7 +62,7 @@ class Outcome:
 def outcome(study: Path) -> Outcome:
     """Of a finished study."""
     (answer,) = answers(study).values()
-    kept = {name: value for name, value in answer.to_json().items() if name not in ("cost", "versions")}
+    kept = {name: value for name, value in answer.to_json().items() if name not in ("cost", "versions", "written")}
     files = {name: (study / name).read_bytes() for name in ("frontier.csv", "policies/0.6x.yaml")}
     files |= {path.name: path.read_bytes() for path in study.glob("models/*/*.safetensors")}
     (export,) = study.glob("exports/dense/*/*.safetensors")

@@ -109,9 +109,12 @@ def test_simple_policies_are_in_every_answer_and_the_dense_model_is_first(study)
     assert all(item.lo_ms <= item.latency_ms <= item.hi_ms for item in answer.finalists)
 
 
-def test_text_written_by_the_model_gives_no_perplexity(study) -> None:
-    _, answer = study
-    assert all(item.perplexity != item.perplexity for item in answer.finalists)
+def test_the_text_that_ships_gives_perplexities(study) -> None:
+    config, answer = study
+    judged = [item for item in answer.finalists if item.kl == item.kl]
+    assert judged and all(item.perplexity > 1 for item in judged)
+    data = json.loads((config.folder / "steps" / "prepared.json").read_text())["value"]["data"]
+    assert {(use["source"], use["generated"]) for use in data.values()} == {("shipped", False)}
 
 
 def test_roles_are_disjoint_and_hashed(study) -> None:
