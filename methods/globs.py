@@ -29,7 +29,6 @@ _MOST_STATES = 2**20
 _MOST_NUMBERS = 10_000
 _DEEPEST = 16
 _KEPT_STEPS = 50_000
-_SPECIAL = "*?[]{},"
 _DIGITS = frozenset(string.digits)
 _RANGE = re.compile(r"([0-9]{1,9})\.\.([0-9]{0,9})")
 
