@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from methods.model.blocks import BlockRunner
 from methods.model.head import project
+from methods.model.products import product
 from methods.model.structure import Structure
 
 N_TOKENS = 4096
@@ -75,7 +76,7 @@ class Tap:
 
     def weight_gradients(self) -> Tensor:
         """(n_probes * n_samples, d_out, d_in), of what `by_sequence` gave."""
-        return torch.cat([g.transpose(1, 2) @ self.x for g in self.gradients])
+        return torch.stack([product(own.T, x.T) for g in self.gradients for own, x in zip(g, self.x, strict=True)])
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from methods.gradients import Loss, Tap, every_linear, reverse
 from methods.method import Edit, NormView, SiteView, Stats
 from methods.model.blocks import BlockRunner
 from methods.model.head import project
+from methods.model.products import product
 from methods.model.structure import Site, Structure
 from methods.model.weights import weight_of
 from methods.policy import Decision
@@ -106,7 +107,7 @@ class _Layer:
 
     @classmethod
     def of(cls, name: str, weight: Tensor, tap: Tap) -> _Layer:
-        return cls(name, tap.x, tap.weight_gradients().flatten(1), [g @ weight for g in tap.gradients])
+        return cls(name, tap.x, tap.weight_gradients().flatten(1), [product(g, weight.T) for g in tap.gradients])
 
     def moved(self, change: Tensor, compressed: Compressed, ratio: Tensor | None, label: str) -> Tensor:
         """(n,): what changing the weight and rounding the activations does."""

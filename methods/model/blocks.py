@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from methods.model.products import fast_linears
 from methods.model.structure import Structure
 from methods.model.trace import first_tensor
 
@@ -55,7 +56,7 @@ class BlockRunner:
             raise ValueError(f"block runner: {foreign[:3]} are no parameters of {self._names[block]}")
         own = {name.removeprefix(prefix): tensor for name, tensor in replaced.items()}
         grad = hidden.requires_grad or any(tensor.requires_grad for tensor in replaced.values())
-        with torch.set_grad_enabled(grad):
+        with torch.set_grad_enabled(grad), fast_linears():
             output = functional_call(module, own, (hidden, *args), kwargs) if own else module(hidden, *args, **kwargs)
         result: Tensor = output if isinstance(output, Tensor) else output[0]
         return result

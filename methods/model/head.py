@@ -5,17 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from methods.model.products import fast_linears
 from methods.model.structure import Structure
 
 
 def final_hidden(model: nn.Module, ids: Tensor) -> Tensor:
     """Final hidden states (b, t, d) of token ids (b, t): what the output projection reads."""
-    return model.base_model(input_ids=ids, use_cache=False)[0]  # type: ignore[operator, no-any-return]
+    with fast_linears():
+        return model.base_model(input_ids=ids, use_cache=False)[0]  # type: ignore[operator, no-any-return]
 
 
 def project(model: nn.Module, structure: Structure, hidden: Tensor) -> Tensor:
     """Logits (…, n_vocab) fp32 of final hidden states (…, d), with the scale or soft cap that the configuration names."""
-    logits = model.get_submodule(structure.head)(hidden).float()
+    with fast_linears():
+        logits = model.get_submodule(structure.head)(hidden).float()
     config = model.config
     scale = getattr(config, "logit_scale", None)
     if scale is not None:

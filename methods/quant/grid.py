@@ -115,17 +115,21 @@ def payload(codes: Tensor, grid: Grid) -> dict[str, Tensor]:
     return {"codes": codes, **grid.parts}
 
 
-def fit_in_chunks(weight: Tensor, fit: Callable[[Tensor], Grid], chunk: int = 2**15) -> Grid:
+def fit_in_chunks(weight: Tensor, fit: Callable[[Tensor], Grid], chunk: int = 2**17) -> Grid:
     """`fit` applied to chunks of rows, small enough to stay in the cache: for fitters that pass over their weights many times.
 
-    Chunks are shared out between as many threads as torch has. So small a tensor torch does not split, whose threads would otherwise wait
-    for each other at every one of thousands of operations. The format has to store rows apart (`Format.by_rows`).
+    Chunks are shared out between as many threads as torch has, each of which computes alone: threads that share every one of thousands
+    of small operations would mostly wait for each other. The format has to store rows apart (`Format.by_rows`).
     """
     parts = torch.split(weight.float(), max(1, chunk // weight.shape[1]))
-    if len(parts) == 1 or torch.get_num_threads() == 1:
+    n = torch.get_num_threads()
+    if len(parts) == 1 or n == 1:
         return joined([fit(part) for part in parts])
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return joined(list(threads.map(fit, parts)))
+    try:
+        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            return joined(list(threads.map(fit, parts)))
+    finally:
+        torch.set_num_threads(n)  # what threads that are yet to come begin with
 
 
 def joined(parts: Sequence[Grid]) -> Grid:

@@ -113,8 +113,8 @@ def _ladder(fmt: Format) -> list[float]:
 def squared_error(groups: Tensor, grid: Grid, fmt: Format) -> Tensor:
     """Of each set of groups that share a scale, (n_blocks, n_groups), with the arithmetic of `encode` and `decode`."""
     scale = grid.scale.float()[..., None]
-    offset = 0.0 if grid.offset is None else grid.offset.float()[..., None]
-    steps = groups / scale if grid.offset is None else (groups - offset).div_(scale)
+    centred = groups if grid.offset is None else groups - grid.offset.float()[..., None]
+    steps = centred / scale
     rungs = ladder_of(fmt)
     if rungs is not None:
         steps = rungs.values[rungs.nearest(steps)]
@@ -123,5 +123,5 @@ def squared_error(groups: Tensor, grid: Grid, fmt: Format) -> Tensor:
         lowest, highest = fmt.code_range
         steps = steps.round_().clamp_(lowest - shift, highest - shift)
     # offset + steps * scale - weight in one pass, and its squares and their sum in another
-    error = torch.addcmul(groups if grid.offset is None else groups - offset, steps, scale, value=-1)
+    error = torch.addcmul(centred, steps, scale, value=-1, out=steps)
     return pooled(torch.linalg.vecdot(error, error), fmt, lambda v: v.sum(0))

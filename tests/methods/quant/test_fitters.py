@@ -5,7 +5,7 @@ import torch
 
 from methods.formats.format import parse_format
 from methods.formats.numerics import decode
-from methods.quant.grid import Grid, grouped, stored
+from methods.quant.grid import Grid, fit_in_chunks, grouped, stored
 from methods.quant.hqq import NORM, hqq
 from methods.quant.minmax import minmax
 from methods.quant.mse import _ladder, mse
@@ -175,3 +175,25 @@ def test_mse_is_hardly_worse_than_every_part_of_the_range_tried(name: str) -> No
         least = torch.minimum(least, group_errors(weight, name, grid))
     assert float(found.sum()) <= 1.01 * float(least.sum())
     assert float((found > 1.2 * least).double().mean()) < 0.05
+
+
+def test_threads_share_chunks_and_compute_alone() -> None:
+    weight, fmt = torch.randn(64, 128), parse_format("w4a16-g32-asym")
+    seen: set[int] = set()
+
+    def fit(rows: torch.Tensor) -> Grid:
+        seen.add(torch.get_num_threads())
+        return minmax(rows, fmt)
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        found = fit_in_chunks(weight, fit, chunk=8 * 128)
+        assert seen == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    whole = minmax(weight, fmt)
+    assert torch.equal(found.scale, whole.scale)
+    assert found.offset is not None and whole.offset is not None
+    assert torch.equal(found.offset, whole.offset)
