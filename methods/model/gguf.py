@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,13 @@ def convert(path: Path, cache: Path, log: Callable[[str], None]) -> Path:
         log(f"{folder} is damaged ({problem}): it is converted again")
         with contextlib.suppress(FileNotFoundError):  # another process may have been first here too
             shutil.rmtree(set_aside(folder))
-    header = read_header(path)
-    description = read_description(header)
-    log(f"converting {path.name} to {folder} (once)")
+    with _parsed_once():
+        header = read_header(path)
+        description = read_description(header)
+        log(f"converting {path.name} to {folder} (once)")
+        with quiet():
+            read = _read(header, description)
     with quiet():
-        read = _read(header, description)
         damaged = not_finite(read.model)
         if damaged:
             raise UnreadableGGUF(f"{path}: {damaged} holds NaN or infinite values; the file is damaged, use another")
@@ -86,6 +89,24 @@ def convert(path: Path, cache: Path, log: Callable[[str], None]) -> Path:
             if not (folder / ORIGIN).exists():
                 raise
     return folder
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Inside, a file's header is parsed once and an architecture's table of names made once, however often transformers asks for them.
+
+    It asks for the header of every reader (seconds, with a vocabulary in Python strings) and for the table at every module of the model.
+    """
+    import gguf
+
+    once = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, own in once.items():
+            setattr(gguf, name, functools.cache(own))
+        yield
+    finally:
+        for name, own in once.items():
+            setattr(gguf, name, own)
 
 
 def gguf_configuration(path: Path) -> tuple[Any, str]:

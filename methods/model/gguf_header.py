@@ -94,7 +94,7 @@ def read_header(path: Path) -> Header:
     from gguf import GGUFReader
 
     try:
-        reader = GGUFReader(path)
+        reader = GGUFReader(str(path))
         metadata = {key: _value(entry) for key, entry in reader.fields.items() if not _is_list_of_tokens(key, entry)}
     except (ValueError, IndexError, KeyError, OverflowError, OSError) as error:
         raise UnreadableGGUF(
