@@ -157,7 +157,7 @@ class Evaluator:
         self._switch.edits(edits)
         result = []
         for index in range(n):
-            result.append(self._sequence(index))
+            result.append(self._sequence(index, changed=bool(edits)))
             if progress:
                 progress(index + 1, n)
         return self._quality(result)
@@ -186,9 +186,10 @@ class Evaluator:
             for index in range(len(self._dense_hidden), n):
                 self._dense_hidden.append(final_hidden(self._model, self.tokens[index : index + 1])[0])
 
-    def _sequence(self, index: int) -> tuple[float, float, float]:
+    def _sequence(self, index: int, changed: bool = True) -> tuple[float, float, float]:
+        """changed: whether anything is installed; the dense model's hidden states are known."""
         with torch.inference_mode():
-            hidden = final_hidden(self._model, self.tokens[index : index + 1])[0]
+            hidden = final_hidden(self._model, self.tokens[index : index + 1])[0] if changed else self._dense_hidden[index]
             found = self._compare(index, lambda part: project(self._model, self._structure, hidden[part]))
         if not all(map(math.isfinite, found)):
             where = first_not_finite(self._model, self._structure, self.tokens[index : index + 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterable
@@ -37,6 +38,9 @@ N_CERTAIN = 2
 LONG_S = 300.0
 """Seconds of true evaluations that are announced."""
 
+OUTCLASSED = 2.0
+"""A simple policy that loses more than so many times what the best within the budget loses on the first sequence is evaluated on no other."""
+
 N_SIMPLE = 2
 """Simple policies of mixed kind (ends, kinds) that are evaluated besides the uniform ones."""
 
@@ -54,13 +58,15 @@ class Ranked:
 class Truth:
     """True evaluations and their record: what any run of the study evaluated is not evaluated again.
 
-    n_new: evaluations of this process; failed: reasons, by policy key, of those that ran out of memory or broke. budget: what is left.
+    n_new: evaluations of this process; failed: reasons, by policy key, of those that ran out of memory or broke; outclassed: keys of
+    policies that went no further than the first sequence. budget: what is left.
     """
 
     def __init__(self, evaluator: Evaluator, store: Store, prepared: Prepared, budget: Budget) -> None:
         self._evaluator, self._store, self._prepared, self.budget = evaluator, store, prepared, budget
         self.n_new = 0
         self.failed: dict[str, str] = {}
+        self.outclassed: set[str] = set()
         for record in store.records():
             if record.role == ROLE:
                 evaluator.known(record.policy, record.per_sequence)
@@ -80,19 +86,16 @@ class Truth:
         """Tokens of the first stage."""
         return min(FIRST_STAGE, self.n_sequences) * self.tokens_each
 
-    def quality(self, name: str, policy: Policy, n_sequences: int) -> Quality:
-        """KL on the first sequences, from the store or measured and stored.
+    def quality(self, name: str, policy: Policy, n_sequences: int, limit: float = math.inf) -> Quality:
+        """KL on the first sequences, from the store or measured and stored; of the first alone where that is above `limit`.
 
         Infinite where memory ran out or the model computes no number: a failed trial with its reason, which a later run tries again.
         """
-        n = min(n_sequences, self.n_sequences)
-        n_tokens, began = n * self.tokens_each, time.monotonic()
-        known = self._store.lookup(policy.key(), n_tokens, ROLE)
-        self.budget.spend(policy.key(), n_tokens, known.seconds if known else 0.0)
+        n, began = min(n_sequences, self.n_sequences), time.monotonic()
         try:
             if policy.key() in self.failed:
-                return _infinite(n, n_tokens)
-            quality = self._evaluator.evaluate(policy, n)
+                return self._infinite(policy, n)
+            quality = self._evaluated(policy, n, limit)
         except (MemoryError, RuntimeError, NotFinite) as error:
             if not (isinstance(error, NotFinite) or out_of_memory(error)):
                 raise
@@ -100,7 +103,9 @@ class Truth:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self.failed[policy.key()] = reason if isinstance(error, NotFinite) else f"out of memory ({reason})"
             self._store.record_failure(policy, name, ROLE, self.failed[policy.key()])
-            return _infinite(n, n_tokens)
+            return self._infinite(policy, n)
+        known = self._store.lookup(policy.key(), quality.n_tokens, ROLE)
+        self.budget.spend(policy.key(), quality.n_tokens, known.seconds if known else 0.0)
         if known is None:
             self.n_new += 1
             self._store.record(
@@ -108,7 +113,7 @@ class Truth:
                     policy=policy,
                     kl=quality.kl,
                     kl_stderr=0.0 if np.isnan(quality.kl_stderr) else quality.kl_stderr,
-                    n_tokens=n_tokens,
+                    n_tokens=quality.n_tokens,
                     latency_ms=self._prepared.map.predict(self._prepared.sum_ms(policy)).mean,
                     role=ROLE,
                     name=name,
@@ -119,9 +124,18 @@ class Truth:
             )
         return quality
 
+    def _evaluated(self, policy: Policy, n: int, limit: float) -> Quality:
+        raced = limit < math.inf and n > 1 and self._store.lookup(policy.key(), n * self.tokens_each, ROLE) is None
+        first = self._evaluator.evaluate(policy, 1) if raced else None
+        if first is not None and first.kl > limit:
+            self.outclassed.add(policy.key())
+            return first
+        self.outclassed.discard(policy.key())
+        return self._evaluator.evaluate(policy, n)
 
-def _infinite(n: int, n_tokens: int) -> Quality:
-    return Quality((np.inf,) * n, (np.nan,) * n, n_tokens)
+    def _infinite(self, policy: Policy, n: int) -> Quality:
+        self.budget.spend(policy.key(), n * self.tokens_each)
+        return Quality((np.inf,) * n, (np.nan,) * n, n * self.tokens_each)
 
 
 def features_of(prepared: Prepared) -> Features:
@@ -262,14 +276,15 @@ class _Search:
     def __init__(self, prepared: Prepared, truth: Truth, budget_ms: float, progress: Progress) -> None:
         self._prepared, self._truth, self._budget_ms, self._progress = prepared, truth, budget_ms, progress
         self._found: dict[str, Ranked] = {}
-        self._best = np.inf
+        self._best = self._limit = np.inf
 
     def evaluate(self, name: str, policy: Policy, simple: bool) -> Evaluated:
-        """On the first stage's tokens."""
-        quality = self._truth.quality(name, policy, FIRST_STAGE)
-        self._found.setdefault(policy.key(), Ranked(name, policy, quality, simple))
+        """On the first stage's tokens; a simple policy that is outclassed on the first sequence is no candidate."""
+        quality = self._truth.quality(name, policy, FIRST_STAGE, self._limit if simple else np.inf)
+        if policy.key() not in self._truth.outclassed:
+            self._found.setdefault(policy.key(), Ranked(name, policy, quality, simple))
         if self._fits(policy) and quality.kl < self._best:
-            self._best = quality.kl
+            self._best, self._limit = quality.kl, OUTCLASSED * quality.kl_each[0]
             ms = self._prepared.map.predict(self._prepared.sum_ms(policy)).mean
             self._progress.best = f"best so far: {name}, KL {quality.kl:.3g}, {ms:.4g} ms modelled"
         stderr = 0.0 if np.isnan(quality.kl_stderr) else quality.kl_stderr

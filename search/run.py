@@ -332,7 +332,8 @@ def _measure(session: Session, prepared: Prepared, table: Any, ranked: Sequence[
     taken = {item.policy.key() for item in chosen}
     others = []
     for preset in uniform(prepared.problem):
-        if preset.policy.key() in taken or preset.policy.canonical() == Policy().canonical() or truth.budget.spent():
+        known = preset.policy.key() in taken | truth.outclassed or preset.policy.canonical() == Policy().canonical()
+        if known or truth.budget.spent():
             continue
         quality = truth.quality(preset.name, preset.policy, FIRST_STAGE)
         if quality.kl < math.inf:
