@@ -39,7 +39,7 @@ LONG_S = 300.0
 """Seconds of true evaluations that are announced."""
 
 OUTCLASSED = 2.0
-"""A simple policy that loses more than so many times what the best within the budget loses on the first sequence is evaluated on no other."""
+"""A simple policy whose loss on the first sequence is so many times that of the best within the budget is evaluated on no other."""
 
 N_SIMPLE = 2
 """Simple policies of mixed kind (ends, kinds) that are evaluated besides the uniform ones."""
