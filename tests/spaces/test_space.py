@@ -10,6 +10,9 @@ from methods.method import Plan
 from methods.model.structure import LayerSpec, Site, Structure
 from methods.policy import DENSE, Decision
 from methods.recipes.recipe import norm_site
+from profilers.kernels.catalogue import supported
+from profilers.target import Target
+from search.method_list import has_kernel
 from spaces.runtimes import DEFAULT_FORMATS, RUNTIMES, default_formats, runtime
 from spaces.space import build
 
@@ -167,6 +170,17 @@ def test_a_site_with_nothing_but_dense_is_fine_and_a_model_without_choices_is_no
 )
 def test_runtimes_say_what_they_cannot_run(name: str, fmt: str, site: Site, reason: str | None) -> None:
     assert runtime(name).supports(parse_format(fmt), site) == reason
+
+
+@pytest.mark.parametrize("fmt", ["w3a16-g16-bi3-asym", "w4a16-g16-bi3"])
+def test_nothing_runs_or_loads_scales_that_rows_share_a_second_level_of(fmt: str) -> None:
+    form, site = parse_format(fmt), _site("x", 512, 512)
+    foreign = [found.supports(form, site) for name, found in RUNTIMES.items() if name != "isolatency"]
+    assert all(foreign) and not has_kernel(form)
+    able = frozenset({"avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "sm80", "sm89", "sm90", "fp8"})
+    machine = Target("some", "x86_64", False, "bf16", 4, 1 << 34, able, "0" * 16, "all that kernels ask for")
+    for target in (machine, replace(machine, device="cuda")):
+        assert supported(form, 512, 512, 64, target) == [] != supported(parse_format("w4a16-g32"), 512, 512, 64, target)
 
 
 def test_default_formats_are_what_their_runtime_runs() -> None:
