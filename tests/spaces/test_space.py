@@ -1,5 +1,6 @@
 """Spaces hold what can run and say what was dropped; runtimes refuse with the reason that matters."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from profilers.kernels.catalogue import supported
 from profilers.target import Target
 from search.method_list import has_kernel
 from spaces.runtimes import DEFAULT_FORMATS, RUNTIMES, default_formats, runtime
-from spaces.space import build
+from spaces.space import ROUNDED, build
 
 
 def _site(name: str, d_in: int, d_out: int = 80, kind: str = "o", transposed: bool = False, n: int = 1) -> Site:
@@ -53,6 +54,40 @@ def test_choices_are_priced_with_their_scales() -> None:
     assert space.choice("qkv", four.decision) == four
     assert not space.dropped and not space.notes
     assert space.size_log10 == pytest.approx(1.39794)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compute", "name", "offered"),
+    [
+        ("fp16", "bf16", "isolatency", True),
+        ("fp32", "bf16", "isolatency", True),
+        ("bf16", "bf16", "isolatency", False),  # and never fp16, which does not reach as far
+        ("fp16", "fp32", "isolatency", False),
+        ("fp16", "bf16", "vllm", False),
+        ("fp16", "", "isolatency", False),
+    ],
+)
+def test_sites_may_be_rounded_to_the_dtype_that_is_multiplied_in(dtype: str, compute: str, name: str, offered: bool) -> None:
+    structure = replace(_structure(QKV, DOWN), dtype=dtype)
+    space = build(structure, ["w8a16", "fp16"], ["gptq"], runtime(name), anything, compute)
+    for site in (QKV, DOWN):
+        labels = [choice.decision.label for choice in space.choices[site.name]]
+        assert labels == ["none", *(["rtn:format=bf16"] if offered else []), "gptq:format=w8a16"]
+    if offered:
+        rounded = space.choice("down", ROUNDED)
+        assert (rounded.format.name, rounded.bits_per_weight, rounded.size_bytes) == ("bf16", 16.0, 2 * 160 * 80)
+
+
+def test_rounding_to_another_dtype_is_no_compression_and_needs_a_kernel() -> None:
+    structure = replace(_structure(DOWN), dtype="fp16")
+
+    def no(names: tuple[str, ...]) -> Callable[[Format, Site], str | None]:
+        return lambda fmt, site: "no kernel" if fmt.name in names else None
+
+    with pytest.raises(ValueError, match="nothing can be compressed"):
+        build(structure, ["w8a16"], ["rtn"], runtime("isolatency"), no(("w8a16",)), "bf16")
+    space = build(structure, ["w8a16"], ["rtn"], runtime("isolatency"), no(("bf16",)), "bf16")
+    assert [choice.format.name for choice in space.choices["down"]] == ["fp16", "w8a16"]
 
 
 def test_a_group_that_does_not_divide_is_replaced_and_noted() -> None:
