@@ -108,6 +108,13 @@ def plan(site: Site, decision: Decision, dtype: str = "bf16") -> Plan:
     return method(decision.method).plan(site, dict(decision.knobs), dtype)
 
 
+def format_of(decision: Decision) -> str | None:
+    """The name of a decision's format, its method's own where it names none; None where there is neither."""
+    named = decision.knob("format")
+    own = METHODS[decision.method].format if decision.method in METHODS else ""
+    return own or None if named is None else str(named)
+
+
 def needs(decisions: Iterable[Decision]) -> frozenset[Need]:
     """The statistics that any of the decisions reads."""
     return frozenset(need for decision in decisions for need in method(decision.method).needs)

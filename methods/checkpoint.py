@@ -18,7 +18,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
-from methods import atomic, policy_file
+from methods import atomic, catalogue, policy_file
 from methods.errors import InputError
 from methods.formats.format import parse_format
 from methods.formats.numerics import DTYPES, Compressed
@@ -105,7 +105,7 @@ def check_edits(policy: Policy, structure: Structure, edits: Mapping[str, Edit])
     """Raises ValueError unless the edits are exactly what the policy decides: at each site its format, in every layer."""
     for name in {*policy.sites, *edits}:
         site = structure.site(name)
-        named = [str(d.knob("format")) for d in policy.at(name) if d.knob("format") is not None]
+        named = [fmt for d in policy.at(name) if (fmt := catalogue.format_of(d)) is not None]
         linears = edits[name].linears if name in edits else {}
         found = {layer: compressed.format.name for layer, compressed in linears.items()}
         wanted = {layer.name: named[-1] for layer in site.layers} if named else {}

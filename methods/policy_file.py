@@ -9,8 +9,9 @@
       - {metric: latency_ms, value: 17.9, source: measured, n: 200}
 
 Fields of a rule: `method` none, float (with `dtype`), int (with the fields that follow) or grid (any other kind, with its name, e.g.
-`format: nvfp4a16`); `bits`; `group` (-1: one scale a channel); `sym`; `act` 16, 8, 6 or 4; `act_group` token or group; `algo`, the
-methods in order (a name, `{name: …, knob: value}`, or a list; without it `weights_algo.name`); `note`.
+`format: nvfp4a16`, or without one the method's own); `bits`; `group` (-1: one scale a channel); `sym`; `act` 16, 8, 6 or 4;
+`act_group` token or group; `algo`, the methods in order (a name, `{name: …, knob: value}`, or a list; without it
+`weights_algo.name`); `note`.
 `expanded_digest` is that of the table which the rules expand to, so that it does not depend on how they are written.
 """
 

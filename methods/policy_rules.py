@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from methods import catalogue
 from methods.formats.format import DENSE_DTYPES, Format, parse_format
 from methods.globs import Glob, GlobError, either, from_regex, is_regex, numbers
 from methods.model.structure import Structure
@@ -45,7 +46,7 @@ def spec_of(decisions: Decisions) -> Spec:
     named = [index for index, decision in enumerate(decisions) if decision.knob("format") is not None]
     algo = [_algo_of(decision) for decision in decisions]
     if not named:
-        return {"method": "none", "algo": algo}
+        return {"method": "grid" if catalogue.format_of(decisions[-1]) else "none", "algo": algo}
     if named != [len(decisions) - 1]:
         raise ValueError(f"policy file: {labels}: only the last decision of a site may set the format")
     fmt = parse_format(str(decisions[-1].knob("format")))
@@ -83,8 +84,10 @@ def decisions_of(spec: Mapping[str, object], algo: str = DEFAULT_ALGO) -> Decisi
         raise ValueError(f"{name}={spec[name]!r} means nothing with method: {method}; remove it or change the method")
     if method == "none":
         return tuple(_decision(item) for item in _items(spec["algo"])) if "algo" in spec else (DENSE,)
-    fmt = {"int": _format, "float": _dense, "grid": _named}[method](spec)
     *before, last = [_decision(item) for item in _items(spec.get("algo", algo))]
+    if method == "grid" and "format" not in spec and catalogue.format_of(last):
+        return (*before, last)
+    fmt = {"int": _format, "float": _dense, "grid": _named}[method](spec)
     if last == DENSE:
         raise ValueError(f"algo=none with method: {method}; name the method that rounds, e.g. algo: rtn")
     return (*before, Decision(last.method, (*last.knobs, ("format", fmt.name))))

@@ -281,11 +281,11 @@ def materialize(
 def dense_candidates(engine: Runtime) -> dict[str, nn.Module]:
     """The uncompressed models that compete for 1.0x, by name: on the best dense kernels and, on a CPU, the model as it is (eager fp32).
 
-    A checkpoint in another dtype than bf16 also runs as people would run it on a CPU that computes in bf16: rounded to it.
+    A checkpoint in another dtype than bf16, which is multiplied in fp32, also runs as people would run it where bf16 is: rounded to it.
     """
     structure, target = engine.structure, engine.target
     dense = {f"dense {structure.dtype}": engine.materialize({})}
-    if target.device == "cpu" and target.compute_dtype == "bf16" and structure.dtype != "bf16":
+    if target.compute_dtype == "bf16" and structure.dtype != "bf16":
         rounded = Runtime(engine.model, replace(structure, dtype="bf16"), target, engine.choose.table, engine.workload)
         dense[f"dense bf16, rounded from {structure.dtype}"] = rounded.materialize({})
     return {**dense, "eager fp32": engine.model} if target.device == "cpu" else dense

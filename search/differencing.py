@@ -60,7 +60,10 @@ def difference(
     fitted: LatencyModel,
     scales: Mapping[str, float],
 ) -> Differenced | None:
-    """Four models in turns: dense and in the fastest choice of every site, with all blocks and with the first half. None for one block."""
+    """Four models in turns: dense and in the fastest choice of every site, with all blocks and with the first half. None for one block.
+
+    dense: the model as stored, of whose kernels the options' times are.
+    """
     structure = session.loaded.structure
     n_kept = len(structure.blocks) // 2
     if not n_kept:

@@ -171,12 +171,13 @@ def first_stage_records(prepared: Prepared, trials: Iterable[TrialRecord], n_tok
 
 
 def simple_policies(prepared: Prepared, budget_ms: float) -> list[Preset]:
-    """One format everywhere, for every decision; and the best of the other presets within the budget, by their additive score."""
+    """One format everywhere, for every decision; the best of the other presets within the budget, by their additive score; and `mofq`."""
     everywhere = [preset for preset in uniform(prepared.problem) if preset.policy.canonical() != Policy().canonical()]
     used = {decision for choices in prepared.problem.choices for decision in choices}
-    mixed = within_budget(prepared.problem, prepared.block, prepared.kind, budget_ms, used)
+    mixed = within_budget(prepared.problem, prepared.block, prepared.kind, budget_ms, used, prepared.rounding_errors)
     known = {Policy().key(), *(preset.policy.key() for preset in everywhere)}
-    found = everywhere + [preset for preset in mixed if preset.policy.key() not in known][:N_SIMPLE]
+    others = [preset for preset in mixed if preset.policy.key() not in known]
+    found = everywhere + others[:N_SIMPLE] + [preset for preset in others[N_SIMPLE:] if preset.family == "mofq"]
     return [replace(preset, name=short_name(preset.name, prepared)) for preset in found]
 
 

@@ -26,7 +26,7 @@ REPRESENTATIVES: Mapping[str, tuple[str, ...]] = {
     "nvfp4": ("nvfp4a16", "nvfp4a4"),
     "nf": ("nf4", "nf4-dq", "nf3a16-g64"),
     "gguf": ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
-    "two-level scales": ("w4a16-g16-u4", "w4a8-token-g16-u6"),
+    "two-level scales": ("w4a16-g16-u4", "w4a8-token-g16-u6", "w3a16-g16-bi3-asym"),
     "ternary": ("tern2a16-g64",),
     "binary": ("bin1a16-g64",),
     "bcq": ("bcq2a16-g64", "bcq3a16-g64-asym"),
@@ -71,7 +71,7 @@ def _model_row(entry: ModelMethod) -> dict[str, Any]:
         "bits": ", ".join(CACHES) if cache else "what follows at the sites",
         "runs": "simulated" if simulated else "fused",
         "simulated": simulated,
-        "knobs": {name: _knob(spec) for name, spec in entry.knobs.items()},
+        "knobs": _knobs(entry),
         "refuses": {},
         "limits": [],
         "source": _source(entry.source),
@@ -89,11 +89,16 @@ def _site_row(recipe: Recipe) -> dict[str, Any]:
         "bits": bits(recipe),
         "runs": runs(recipe),
         "simulated": recipe.simulated,
-        "knobs": {name: _knob(spec) for name, spec in recipe.knobs.items()},
+        "knobs": _knobs(recipe),
         "refuses": refusals(recipe),
         "limits": [_limit(limit.knobs, limit.method, limit.with_knobs) for limit in recipe.limits],
         "source": _source(recipe.source),
     }
+
+
+def _knobs(entry: Recipe | ModelMethod) -> dict[str, Any]:
+    own = {"format": {"default": entry.format, "allowed": "a format"}} if entry.format else {}
+    return {**own, **{name: _knob(spec) for name, spec in entry.knobs.items()}}
 
 
 def _knob(spec: KnobSpec) -> dict[str, Any]:

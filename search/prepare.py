@@ -10,9 +10,12 @@ from typing import Any
 from methods import catalogue
 from methods.apply import site_view
 from methods.calibrate import sweep
+from methods.formats.format import parse_format
+from methods.formats.twins import float_twin, has_twin
 from methods.method import Edit, Stats
 from methods.model.structure import Site
 from methods.policy import DENSE, Decision
+from methods.statistics import format_errors
 from predictors.sensitivity import score
 from profilers.checks import problems
 from profilers.roofline import kv_bytes
@@ -62,10 +65,11 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
     score_key = content_key(session.loaded.digest, *texts, session.config.seed, PROBES, PROBE_LENGTH, SCORES)
     step("sensitivities")
     scores = kept_scores(session, steps, score_key, decisions)
+    errors = twins_errors(session, steps, unscored.sites)
     scored_s = time.monotonic() - began - priced_s - mapped_s - text_s - calibrated_s
     return replace(
         unscored,
-        sites=tuple(_scored(site, scores) for site in unscored.sites),
+        sites=tuple(_scored(site, scores, errors) for site in unscored.sites),
         data={role: _text_facts(corpus) for role, corpus in corpora.items()},
         seconds={"table": priced_s, "map": mapped_s, "text": text_s, "calibration": calibrated_s, "scores": scored_s},
     )
@@ -230,16 +234,45 @@ def score_choices(session: Session, decisions: Decisions) -> dict[str, Any]:
     return {"kl": scores.kl, "stderr": scores.stderr}
 
 
+def twins_errors(session: Session, steps: Steps, sites: Sequence[SiteOptions]) -> Mapping[str, Mapping[str, float]]:
+    """By site and format, the error of its weights rounded to nearest, where a format of integers and its twin are both options.
+
+    For inputs in 16 bits, as `search.strategies.presets.mofq` takes them; nothing is computed where there is no such pair.
+    """
+    pairs = {site.name: names for site in sites if (names := twins([option.format for option in site.options]))}
+    if not pairs:
+        return {}
+
+    def compute() -> dict[str, dict[str, float]]:
+        session.switch.dense()
+        found = {}
+        for name, names in pairs.items():
+            view = site_view(session.model, session.loaded.structure, session.loaded.structure.site(name))
+            errors = format_errors(view, {layer: Stats(0) for layer in view.weights}, names)
+            found[name] = {fmt: error.weight for fmt, error in errors.items()}
+        return found
+
+    return steps.made("twins", content_key(session.loaded.digest, pairs), compute)
+
+
+def twins(names: Sequence[str]) -> list[str]:
+    """Of formats by name, those of integers whose `float_twin` is among them, inputs in 16 bits, each followed by its twin."""
+    own = {fmt.name: float_twin(fmt).name for fmt in map(parse_format, names) if fmt.act_bits == 16 and has_twin(fmt)}
+    return [name for pair in own.items() if pair[1] in names for name in pair]
+
+
 def _scaled(site: SiteOptions, scales: Mapping[str, float]) -> SiteOptions:
     """The site with kernel times as they count in a whole model."""
     return replace(site, options=tuple(replace(o, model_ms=o.ms * scales.get(o.kernel, 1.0)) for o in site.options))
 
 
-def _scored(site: SiteOptions, scores: Mapping[str, Any]) -> SiteOptions:
-    """The site with predicted losses."""
-    kl, stderr = scores["kl"][site.name], scores["stderr"][site.name]
+def _scored(site: SiteOptions, scores: Mapping[str, Any], errors: Mapping[str, Mapping[str, float]]) -> SiteOptions:
+    """The site with predicted losses, and the errors of twins."""
+    kl, stderr, own = scores["kl"][site.name], scores["stderr"][site.name], errors.get(site.name, {})
     options = (
-        option if option.label == DENSE.label else replace(option, loss=kl[option.label], loss_stderr=stderr[option.label])
+        option
+        if option.label == DENSE.label
+        else replace(option, loss=kl[option.label], loss_stderr=stderr[option.label], rounding_error=own.get(option.format))
         for option in site.options
     )
     return replace(site, options=tuple(options))

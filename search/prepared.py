@@ -27,8 +27,9 @@ class Option:
 
     ms: measured cold latency of the site's kernels at the workload's tokens in flight; model_ms: the same as it counts in a whole
     model, where some kernels meet warmer caches than others; kernel: the one that is fastest there; loss: nats per token, predicted,
-    with its standard error; fast: whether its time speaks for it in some workload, no option with more bits being as fast: the others
-    are for limits on bytes alone.
+    with its standard error; rounding_error: of weights rounded to nearest in the format, relative to their energy, where it stands
+    against a twin (`methods.formats.twins`); fast: whether its time speaks for it in some workload, no option with more bits being as
+    fast: the others are for limits on bytes alone.
     """
 
     label: str
@@ -41,6 +42,7 @@ class Option:
     loss: Finite = 0.0
     loss_stderr: NonNegative = 0.0
     fast: bool = True
+    rounding_error: NonNegative | None = None
 
     def __post_init__(self) -> None:
         Decision.parse(self.label)
@@ -206,6 +208,13 @@ class Prepared:
             tuple(np.array([option.size_bytes for option in site.options], dtype=np.float64) for site in self.sites),
             self.limits,
         )
+
+    @cached_property
+    def rounding_errors(self) -> dict[str, dict[str, float]]:
+        """`Option.rounding_error` by site and format, of those that have one."""
+        return {
+            site.name: {o.format: o.rounding_error for o in site.options if o.rounding_error is not None} for site in self.sites
+        }
 
     @cached_property
     def kind(self) -> dict[str, str]:

@@ -133,6 +133,7 @@ def _options(session: Session, table: LatencyTable, name: str, workload: Workloa
 def worth_having(options: Sequence[Option]) -> list[Option]:
     """Options that are faster than every one with at least their weight and activation bits: the others' time does not speak for them.
 
+    Of options with as many bits the dense one alone beats another, which is its weights rounded to another dtype.
     Unless bytes are limited, those are dropped before anything is calibrated. The dense option stays.
     """
     formats = {option.label: parse_format(option.format) for option in options}
@@ -141,7 +142,7 @@ def worth_having(options: Sequence[Option]) -> list[Option]:
         mine = formats[option.label]
         return any(
             other.ms <= option.ms
-            and other.bits_per_weight > option.bits_per_weight
+            and (other.bits_per_weight, other.label == DENSE.label) > (option.bits_per_weight, False)
             and formats[other.label].act_bits >= mine.act_bits
             for other in options
         )

@@ -128,8 +128,10 @@ class Session:
             return why_none(fmt, cell.n, cell.k, cell.m, self.target)
 
         structure = self.loaded.structure
+        # Other exports than a dense one hold dense weights in the checkpoint's own dtype alone.
+        dtype = self.target.compute_dtype if set(self.config.export) <= {"dense"} else ""
         with self.progress.busy("finding the kernels, compiled where they are not yet"):
-            return build(structure, formats, self.config.methods, engine, kernels)
+            return build(structure, formats, self.config.methods, engine, kernels, dtype)
 
     def cell(self, site: Site, fmt: Format) -> KernelKey:
         """The table's cell of a site under a format."""

@@ -69,8 +69,12 @@ def whole_model(session: Session, table: LatencyTable, sites: Sequence[SiteOptio
 
 @dataclass
 class _Pairs:
-    """Policies and their runs, each interleaved with one of the dense model."""
+    """Policies and their runs, each interleaved with one of the dense model.
 
+    stored: whether that computes as sites do that a policy leaves dense; rounded to another dtype, it says nothing of their kernels.
+    """
+
+    stored: bool = True
     policies: list[Policy] = field(default_factory=list)
     dense: list[end_to_end.Measurement] = field(default_factory=list)
     compressed: list[end_to_end.Measurement] = field(default_factory=list)
@@ -89,11 +93,11 @@ class _Pairs:
         return n >= HOPELESS and all(map(_disturbed, self.dense, self.compressed))
 
     def runs(self, sites: Sequence[SiteOptions]) -> list[Run]:
-        """What the map is fitted on: the dense model, and every policy by its ratio to it in the same rounds."""
+        """What the map is fitted on: the dense model as stored, and every policy by its ratio to the dense one in the same rounds."""
         level = self.dense_ms[0]
         ratios = [run.ratio_to(reference) for run, reference in zip(self.compressed, self.dense, strict=True)]
         return [
-            _run(sites, Policy(), self.dense_ms),
+            *([_run(sites, Policy(), self.dense_ms)] if self.stored else []),
             *(
                 _run(sites, policy, (ratio.mid * level, ratio.lo * level, ratio.hi * level))
                 for policy, ratio in zip(self.policies, ratios, strict=True)
@@ -112,7 +116,8 @@ def fit_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions],
     """
     engine = session.engine(table, workload)
     dense_name, dense = _best_dense(session, engine, workload)
-    pairs = _measured(session, sites, workload, engine, dense)
+    stored = dense_name == f"dense {session.loaded.structure.dtype}"
+    pairs = _measured(session, sites, workload, engine, dense, stored)
     runs, level = pairs.runs(sites), pairs.dense_ms[0]
     fitted, scales, label = _fitted(runs, pairs.hopeless, session.progress.say)
     disturbance = "; ".join(filter(None, (end_to_end.disturbance([*pairs.dense, *pairs.compressed]), _usual_pace(session))))
@@ -121,7 +126,8 @@ def fit_map(session: Session, table: LatencyTable, sites: Sequence[SiteOptions],
         f"dense model: {level:.1f} {workload.unit} ({dense_name}); whole-model map from {len(runs)} runs, "
         f"leave-one-out error {fitted.loo_error.mean:.1%} mean, {fitted.loo_error.max:.1%} worst"
     )
-    checked = difference(session, engine, sites, workload, dense, fitted, scales)
+    as_stored = dense if stored else engine.materialize({})
+    checked = difference(session, engine, sites, workload, as_stored, fitted, scales)
     if checked is not None:
         session.progress.say(checked.words)
     waits = sorted(sample.wall * 1e3 / run.median_ms for run in pairs.dense for sample in run.samples.all)
@@ -147,10 +153,17 @@ def _best_dense(session: Session, engine: Runtime, workload: Workload) -> tuple[
     return name, candidates[name]
 
 
-def _measured(session: Session, sites: Sequence[SiteOptions], workload: Workload, engine: Runtime, dense: nn.Module) -> _Pairs:
-    """Runs of policies until the map's interval is narrow, no longer shrinks, or time is up."""
+def _measured(
+    session: Session,
+    sites: Sequence[SiteOptions],
+    workload: Workload,
+    engine: Runtime,
+    dense: nn.Module,
+    stored: bool = True,
+) -> _Pairs:
+    """Runs of policies until the map's interval is narrow, no longer shrinks, or time is up; stored: as `_Pairs` has it."""
     policies = map_policies(sites, session.config.seed)
-    found, halves = _Pairs(), list[float]()
+    found, halves = _Pairs(stored), list[float]()
     spent_s = 0.0
     with session.progress.bar("whole-model runs") as update:
         for index, (_, policy) in enumerate(policies):
@@ -205,9 +218,8 @@ def _narrow(halves: Sequence[float]) -> bool:
 def _fitted(runs: Sequence[Run], hopeless: bool, say: Callable[[str], None]) -> tuple[LatencyModel, dict[str, float], str]:
     """Map, scales of kernels and label: `measured`, or where it had to be of kernel sums alone, `interpolated`."""
     if hopeless:
-        say(
-            f"each of {len(runs) - 1} whole-model runs was disturbed: the latency map is of kernel sums alone until finalists are measured"
-        )
+        n = sum(run.policy_key != Policy().key() for run in runs)
+        say(f"each of {n} whole-model runs was disturbed: the latency map is of kernel sums alone until finalists are measured")
         return unit_slope(runs), {}, "interpolated"
     try:
         return (*fit_latency(runs).collapsed(), "measured")

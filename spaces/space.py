@@ -16,6 +16,9 @@ from spaces.runtimes import Runtime
 Refuses = Callable[[Format, Site], str | None]
 """Why a format cannot run at a site, or None."""
 
+ROUNDED = Decision.of("rtn", format="bf16")
+"""Dense weights in bf16 at a site of a model that is stored in another dtype."""
+
 _GROUPS = (128, 64, 32, 16, -1)
 _SIMULATED = "no latency of its own: "
 
@@ -77,11 +80,18 @@ def _count(sites: Sequence[str]) -> str:
 
 
 def build(
-    structure: Structure, formats: Sequence[str], methods: Sequence[str], runtime: Runtime, kernel_supports: Refuses
+    structure: Structure,
+    formats: Sequence[str],
+    methods: Sequence[str],
+    runtime: Runtime,
+    kernel_supports: Refuses,
+    compute_dtype: str = "",
 ) -> Space:
     """The legal choices: every method with every format that divides the site and that the runtime and the kernels run.
 
-    formats: names; dense ones add nothing, the dense choice is always there. Where a group does not divide a site's inputs, the
+    formats: names; dense ones add nothing, the dense choice is always there. compute_dtype: what the target multiplies dense weights in;
+    where that is bf16 and the model is stored otherwise, weights rounded to it (`ROUNDED`) are a choice too: the model's own are
+    multiplied in fp32. Not the other way round: fp16 does not reach as far as bf16. Where a group does not divide a site's inputs, the
     largest smaller one that does and that runs takes its place, or one scale a channel, and a note says so.
     What no kernel runs (`Plan.simulated`) has no latency and is dropped. Raises ValueError for an architecture or experts that the runtime
     does not get, for a method that is simulated wherever it is legal, and, with the commonest reason, where nothing can be compressed.
@@ -95,6 +105,7 @@ def build(
             f"{structure.architecture} has experts, and such models are not exported to {runtime.name}; use isolatency"
         )
     wanted = [fmt for fmt in (parse_format(name) for name in dict.fromkeys(formats)) if not fmt.dense or fmt.thinned]
+    rounds = compute_dtype == "bf16" != structure.dtype and runtime.loads is None
     choices: dict[str, tuple[Choice, ...]] = {}
     dropped: dict[str, Mapping[str, str]] = {}
     replaced: dict[str, list[str]] = {}
@@ -105,7 +116,7 @@ def build(
                 replaced.setdefault(f"{asked.name} -> {fmt.name} where it does not divide {site.d_in} inputs", []).append(
                     site.name
                 )
-        found = [_dense(site, structure)]
+        found = _dense(site, structure, rounds and kernel_supports(parse_format("bf16"), site) is None)
         for decision in (with_format(m, fmt) for fmt in dict.fromkeys(fitting.values()) for m in methods):
             reason = catalogue.refuses(site, decision)
             simulated = reason is None and catalogue.plan(site, decision).simulated
@@ -119,7 +130,7 @@ def build(
     notes = tuple(f"{text}: {_count(sites)}" for text, sites in replaced.items())
     space = Space(MappingProxyType(choices), MappingProxyType(dropped), notes)
     _check_priced(space, methods)
-    if all(len(found) == 1 for found in choices.values()):
+    if all(choice.decision in (DENSE, ROUNDED) for found in choices.values() for choice in found):
         raise ValueError(_nothing(space, formats, methods, runtime))
     return space
 
@@ -176,9 +187,11 @@ def _candidates(asked: Format, d_in: int) -> list[Format]:
     return [replace(asked, group=group, act_group=-1 if asked.act_group == -1 else group) for group in groups]
 
 
-def _dense(site: Site, structure: Structure) -> Choice:
+def _dense(site: Site, structure: Structure, rounds: bool) -> list[Choice]:
+    """The site as it is stored, and where it `rounds`, rounded to bf16."""
     fmt = parse_format(structure.dtype)
-    return Choice(DENSE, fmt, float(fmt.bits), site.n_weights * fmt.bits // 8)
+    stored = Choice(DENSE, fmt, float(fmt.bits), site.n_weights * fmt.bits // 8)
+    return [stored, _choice(site, ROUNDED)] if rounds else [stored]
 
 
 def _choice(site: Site, decision: Decision) -> Choice:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from methods.formats.codecs import CODECS, ROW, TENSOR, WIDTHS, Codec
+from methods.formats.codecs import CODECS, Codec
 from methods.formats.elements import BITS, LOOKED_UP, MINIFLOATS, OWN_LEVELS, levels
 
 DENSE_DTYPES = ("fp32", "bf16", "fp16")
@@ -132,7 +132,7 @@ class Format:
         """Whether rows are stored apart, so that weights can be fitted and kept one below the other."""
         if self.dense:
             return not self.rank
-        return self.rows == 1 and self.scales.span != TENSOR and not self.scales.mean
+        return self.rows == 1 and self.scales.by_rows
 
     @property
     def scales(self) -> Codec:
@@ -162,8 +162,7 @@ class Format:
         """What the number of inputs has to be a multiple of."""
         if self.dense:
             return self.every or 1
-        spans = [] if self.scales.mean else [self.scales.span]
-        return math.lcm(*(size for size in (self.group, self.act_group, *spans) if size > 0))
+        return math.lcm(*(size for size in (self.group, self.act_group, self.scales.inputs) if size > 0))
 
     def groups(self, d_in: int) -> int:
         """Number of groups of a row; raises ValueError where the group does not divide it."""
@@ -200,10 +199,7 @@ class Format:
         offset = 0 if self.symmetric else 1
         if self.element in OWN_LEVELS:
             return sets * 16 * ((self.bits if self.element == "bcq" else self.levels) + offset)
-        bits = sets * self.scales.width
-        if self.scales.span:
-            bits += WIDTHS[self.scales.second] * _second_level(self.scales, n_blocks, n_groups, d_in)
-        return bits * (1 + offset)
+        return (sets * self.scales.width + self.scales.second_bits(n_blocks, n_groups, d_in)) * (1 + offset)
 
     def bits_per_weight(self, d_in: int, d_out: int | None = None) -> float:
         """Stored bits a weight, scales and offsets of every level included.
@@ -219,12 +215,6 @@ class Format:
         if self.rank:
             return self.rank * (d_out + d_in)
         return d_out * d_in * (100 - self.zeros) // 100
-
-
-def _second_level(codec: Codec, n_blocks: int, n_groups: int, d_in: int) -> int:
-    if codec.mean:
-        return -(-n_blocks * n_groups // codec.span) + 1
-    return {ROW: n_blocks, TENSOR: 1}.get(codec.span) or n_blocks * d_in // codec.span
 
 
 def _check_thinned(fmt: Format) -> None:
@@ -269,8 +259,8 @@ def _check_layout(fmt: Format) -> None:
         )
     if fmt.rows != 1 and (fmt.scales.span or fmt.element == "bcq"):
         raise ValueError(f"format: rows={fmt.rows}; {fmt.element} with {fmt.codec} scales has scales of its own in every row")
-    if fmt.scales.span > 0 and not fmt.scales.mean and (fmt.group == -1 or fmt.scales.span % fmt.group):
-        raise ValueError(f"format: group={fmt.group} with {fmt.codec} scales; use a divisor of {fmt.scales.span}")
+    if fmt.scales.inputs and (fmt.group == -1 or fmt.scales.inputs % fmt.group):
+        raise ValueError(f"format: group={fmt.group} with {fmt.codec} scales; use a divisor of {fmt.scales.inputs}")
 
 
 def _check_activations(fmt: Format) -> None:
@@ -279,8 +269,7 @@ def _check_activations(fmt: Format) -> None:
     allowed = ACT_BITS if fmt.act_element == "int" else BITS[fmt.act_element]
     if fmt.act_bits not in allowed:
         raise ValueError(f"format: act_bits={fmt.act_bits}; use one of {allowed} with {fmt.act_element}")
-    span = fmt.scales.span
-    if fmt.act_group not in (-1, fmt.group, *([span] if span > 0 and not fmt.scales.mean else [])):
+    if fmt.act_group not in (-1, fmt.group, fmt.scales.inputs or -1):
         raise ValueError(f"format: act_group={fmt.act_group}; use -1 (a token) or the weight's group={fmt.group}")
     if fmt.act_rows not in (1, -1) or (fmt.act_rows == -1 and fmt.act_group != -1):
         raise ValueError(f"format: act_rows={fmt.act_rows}; use 1 (a token), or -1 (all tokens) with act_group=-1")
@@ -345,7 +334,7 @@ def _read(match: re.Match[str]) -> Format:
         group,
         not match["asym"],
         BITS[act][0] if act in MINIFLOATS else int(act) if act.isdigit() else 0,
-        CODECS[codec].span if share == "-super" else act_group,
+        CODECS[codec].inputs if share == "-super" else act_group,
         element="int" if element == "w" else element,
         rows=-1 if match["whole"] else int(match["rows"] or 1),
         codec=codec,

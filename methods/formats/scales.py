@@ -1,7 +1,8 @@
 """Scale codecs on tensors: what is stored of a weight's ideal scales and offsets, and what is computed with.
 
 Scales are (n_blocks, n_groups) here: one for each set of rows that share them. The parts of a payload are named by their role,
-`scale` or `offset`: `scale` itself, `scale_super` of the second level and `scale_mean` where scales are stored about it.
+`scale` or `offset`: `scale` itself, `scale_super` of the second level, and `scale_mean` or `scale_least` where scales are stored about
+their mean or above the least of them.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ Role = Literal["scale", "offset"]
 Parts = Mapping[str, Tensor]
 
 
-def write(fmt: Format, role: Role, ideal: Tensor, like: Parts | None = None) -> dict[str, Tensor]:
+def write(fmt: Format, role: Role, ideal: Tensor, like: Parts | None = None, unit: Tensor | None = None) -> dict[str, Tensor]:
     """The payload parts of scales or offsets (n_blocks, n_groups) fp32, each rounded to what the codec can hold.
 
     A scale that would be stored as zero, as an all-zero group's is, becomes 1, or the smallest that there is with a second level and
     for an element without a zero.
-    Unsigned codecs take scales >= 0; a second level takes offsets <= 0, and positive ones become 0.
+    Unsigned codecs take scales >= 0; a second level without a least takes offsets <= 0, and positive ones become 0.
     like: parts whose second level is taken over, so that scales can be compared as they are stored.
+    unit: the ideal scales, in which offsets that are stored as zero points are counted.
     """
     codec = fmt.scales
     if codec.code in FLOATS:
@@ -41,13 +43,18 @@ def write(fmt: Format, role: Role, ideal: Tensor, like: Parts | None = None) -> 
         return {role: _exponent(ideal)}
     if codec.mean:
         return _about_mean(codec, ideal, like)
+    if codec.least:
+        return _above_least(codec, role, ideal if role == "scale" else _zero_points(fmt, ideal, unit), like)
     if codec.span == TENSOR:
         return _by_tensor(ideal, like)
     return _by_span(codec, role, ideal, _span(codec, fmt, ideal.shape[1]), like)
 
 
 def read(fmt: Format, role: Role, parts: Parts) -> Tensor:
-    """The scales or offsets (n_blocks, n_groups) that parts stand for: bf16 as stored, fp32 where they are computed."""
+    """The scales or offsets (n_blocks, n_groups) that parts stand for: bf16 as stored, fp32 where they are computed.
+
+    Zero points are multiplied with the scales, so that `scale` and what belongs to it has to be among the parts.
+    """
     codec, own = fmt.scales, parts[role]
     if codec.code in FLOATS:
         return own
@@ -59,6 +66,9 @@ def read(fmt: Format, role: Role, parts: Parts) -> Tensor:
     if codec.mean:
         each = upper.repeat_interleave(codec.span)[: own.numel()].view(own.shape)
         return parts[f"{role}_mean"] + (own.float() - codec.steps) * each
+    if codec.least:
+        value = _down(parts[f"{role}_least"], codec, len(own)) + own.float() * _down(upper, codec, len(own))
+        return value if role == "scale" else -value * read(fmt, "scale", parts)
     each = upper.repeat_interleave(own.shape[1] // upper.shape[1], 1)
     value = (own.float() - (codec.steps if codec.code[0] == "s" else 0)) * each
     return value if role == "scale" else -value
@@ -115,6 +125,36 @@ def _about_mean(codec: Codec, ideal: Tensor, like: Parts | None) -> dict[str, Te
     least = torch.where(mean + least * step > 0, least, least + 1)
     codes = torch.maximum(torch.round(centred / step), least).clamp(1 - codec.steps, codec.steps - 1)
     return {"scale": (codes + codec.steps).to(torch.uint8).view(ideal.shape), "scale_super": upper, "scale_mean": mean}
+
+
+def _above_least(codec: Codec, role: Role, ideal: Tensor, like: Parts | None) -> dict[str, Tensor]:
+    """Codes of the distance from the least of `span` rows at a group of inputs, in steps that reach the largest.
+
+    A scale that is not above zero, as that of an all-zero group, pays no heed to how far the others reach and becomes the least of them.
+    """
+    n_rows, n_sets, dtype = len(ideal), -(-len(ideal) // codec.span), FLOATS[codec.second]
+    if like:
+        least, step = like[f"{role}_least"], like[f"{role}_super"]
+    else:
+        rows = ideal[torch.arange(n_sets * codec.span).clamp(max=n_rows - 1)].view(n_sets, codec.span, -1)
+        low, high = rows.amin(1), rows.amax(1)
+        if role == "scale":
+            low = _positive(rows.masked_fill(rows <= 0, torch.inf).amin(1).nan_to_num(posinf=0.0))
+        least = _float(low, dtype, 1.0 if role == "scale" else None)
+        step = _float((high - least.float()).clamp(min=0) / codec.steps, dtype, 1.0)
+    codes = torch.round((ideal - _down(least, codec, n_rows)) / _down(step, codec, n_rows)).clamp(0, codec.steps)
+    return {role: codes.to(torch.uint8), f"{role}_super": step, f"{role}_least": least}
+
+
+def _zero_points(fmt: Format, ideal: Tensor, unit: Tensor | None) -> Tensor:
+    if unit is None:
+        raise ValueError(f"{fmt.name}: its offsets are stored as zero points; give the scales as `unit`")
+    return -ideal / _positive(unit)
+
+
+def _down(values: Tensor, codec: Codec, n_rows: int) -> Tensor:
+    """(n_sets, n_groups) -> (n_rows, n_groups) fp32, every set's value for each of its rows."""
+    return values.float().repeat_interleave(codec.span, 0)[:n_rows]
 
 
 def _by_span(codec: Codec, role: Role, ideal: Tensor, n_spans: int, like: Parts | None) -> dict[str, Tensor]:

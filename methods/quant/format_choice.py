@@ -4,30 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Literal
 
-from methods.formats.format import Format, parse_format
+from methods.formats.format import parse_format
+from methods.formats.twins import float_twin
 from methods.method import SiteView, Stats
 from methods.policy import Decision
 from methods.statistics import format_errors
-
-FLOATS: Mapping[int, str] = {4: "e2m1", 6: "e2m3", 8: "e4m3"}
-"""The minifloat that stands against integers of as many bits."""
-
-
-def float_twin(fmt: Format) -> Format:
-    """The format of equal bits and layout with minifloats for integers, in weights and, where they are rounded, in inputs.
-
-    Both sides change, since products are of integers or of minifloats. Raises ValueError for formats that have no such twin.
-    """
-    if fmt.dense or (fmt.element, fmt.act_element) != ("int", "int"):
-        raise ValueError(f"mofq: {fmt.name} is not made of integers; give the integer format, such as w4a16-g64 or w8a8-token")
-    bits = {fmt.bits} if fmt.act_bits == 16 else {fmt.bits, fmt.act_bits}
-    if not fmt.symmetric or not bits <= FLOATS.keys():
-        raise ValueError(f"mofq: {fmt.name} has no minifloats beside it; use 4, 6 or 8 bits and no offset")
-    act = "int" if fmt.act_bits == 16 else FLOATS[fmt.act_bits]
-    return replace(fmt, element=FLOATS[fmt.bits], act_element=act)
 
 
 def decide_mofq(
@@ -37,8 +20,9 @@ def decide_mofq(
 
     metric: `weight`, the error of the weights, or `output`, that of the outputs on the sampled inputs, rounded as the format says; stats,
     by layer name, are read by the latter. Integers where the errors are equal. It is a decision and no recipe of the catalogue because
-    the format of a site is priced before its weights are seen. Raises ValueError where there is no twin, a group does not divide the
-    width, or no layer met a sampled token. MoFQ (Zhang 2023): `weight` where inputs stay in 16 bits, `output` where they do not.
+    the format of a site is priced before its weights are seen: what is decided names the format, for plan, price and export.
+    Raises ValueError where there is no twin, a group does not divide the width, or no layer met a sampled token.
+    MoFQ (Zhang 2023): `weight` where inputs stay in 16 bits, `output` where they do not.
     """
     names = [fmt, float_twin(parse_format(fmt)).name]
     if metric == "weight":

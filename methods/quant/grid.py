@@ -61,8 +61,8 @@ def stored(fmt: Format, d_out: int, scale: Tensor, offset: Tensor | None = None,
     used = scales.spread(fmt, scales.read(fmt, "scale", parts), d_out)
     if offset is None:
         return Grid(used) if fmt.rows == 1 and len(parts) == 1 and used is parts["scale"] else Grid(used, stored=parts)
-    below = scales.write(fmt, "offset", offset, upper)
-    origin = scales.spread(fmt, scales.read(fmt, "offset", below), d_out)
+    below = scales.write(fmt, "offset", offset, upper, scale)
+    origin = scales.spread(fmt, scales.read(fmt, "offset", {**parts, **below}), d_out)
     plain = fmt.rows == 1 and used is parts["scale"]
     return Grid(used, origin) if plain else Grid(used, origin, stored={**parts, **below})
 
@@ -94,14 +94,27 @@ def range_grid(low: Tensor, high: Tensor, fmt: Format) -> Grid:
     d_out = len(low)
     low, high = pooled(low, fmt, lambda v: v.amin(0)), pooled(high, fmt, lambda v: v.amax(0))
     if not fmt.symmetric:
-        origin = scales.read(fmt, "offset", scales.write(fmt, "offset", low)).float()
-        return stored(fmt, d_out, (high - origin).clamp(min=0) / (fmt.levels - 1), low)
+        return stored(fmt, d_out, *spanning(low, high, fmt))
     top, reach = torch.maximum(high, -low), largest(fmt.element, fmt.bits)
     if fmt.codec == "e8m0":
         return stored(fmt, d_out, ocp_scale(top, reach))
     if not fmt.lopsided:
         return stored(fmt, d_out, top / reach)
     return stored(fmt, d_out, torch.where(high > -low, high, low) / lowest(fmt.element, fmt.bits))
+
+
+def spanning(low: Tensor, high: Tensor, fmt: Format, like: Grid | None = None) -> tuple[Tensor, Tensor]:
+    """The ideal scale and offset of an asymmetric grid of integers over [low, high]; all (n_blocks, n_groups).
+
+    The highest code is `high` for the offset as it is stored. Zero points are stored after the scale, and for them the range is widened
+    to hold zero, so that they are codes and a group far from zero does not coarsen those that are stored with it.
+    like: as for `stored`.
+    """
+    if fmt.scales.least:
+        low = low.clamp(max=0)
+        return (high.clamp(min=0) - low) / (fmt.levels - 1), low
+    origin = scales.read(fmt, "offset", scales.write(fmt, "offset", low, None if like is None else like.parts)).float()
+    return (high - origin).clamp(min=0) / (fmt.levels - 1), low
 
 
 def safe_scale(scale: Tensor) -> Tensor:

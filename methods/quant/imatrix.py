@@ -61,8 +61,8 @@ def _least_squares(groups: Tensor, cost: Tensor, steps: Tensor, fmt: Format) -> 
     total, linear, mean = cost.sum(-1), (cost * steps).sum(-1), (cost * groups).sum(-1)
     scale = _ratio(total * product - linear * mean, total * square - linear.square())
     offset = _ratio(mean - scale * linear, total)
-    if fmt.scales.span:
-        # The second level holds no positive offset: at zero, the scale is the best one of a grid without.
+    if fmt.scales.span and not fmt.scales.least:
+        # That second level holds no positive offset: at zero, the scale is the best one of a grid without.
         above = offset > 0
         scale, offset = torch.where(above, _ratio(product, square), scale), offset.clamp(max=0)
     return scale, offset

@@ -11,7 +11,7 @@ from methods.formats import scales
 from methods.formats.elements import OWN_LEVELS
 from methods.formats.format import Format
 from methods.formats.numerics import ladder_of
-from methods.quant.grid import Grid, fit_in_chunks, grouped, pooled, stored
+from methods.quant.grid import Grid, fit_in_chunks, grouped, pooled, spanning, stored
 from methods.quant.minmax import minmax
 
 SHRINK = tuple(1 - step / 25 for step in range(1, 18))
@@ -93,8 +93,7 @@ def _asymmetric(groups: Tensor, full: Grid, fmt: Format) -> Callable[[Tensor], I
 
     def candidate(parts: Tensor) -> Ideal:
         cut = (high - low) * ((1 - parts) / 2)
-        origin = scales.read(fmt, "offset", scales.write(fmt, "offset", low + cut, full.parts)).float()
-        return (high - cut - origin).clamp(min=0) / (fmt.levels - 1), low + cut
+        return spanning(low + cut, high - cut, fmt, full)
 
     return candidate
 

@@ -21,12 +21,13 @@ def by_leave_one_out(task: Task) -> Tensor:
     """The elements (d_out, d_in) bool whose gain exceeds the knob `threshold`, at most the share `outliers`, the largest first.
 
     The threshold counts in `mean_j(var(W_j) / [H^-1]_jj)`, a typical element's loss where it is not stored at all.
+    Scales and offsets are not yet rounded to what groups of other rows leave them.
     SpQR (Dettmers 2023), section 4. Deviations: elements are chosen once, before the sweep, from the weights as they are; losses count
     with the diagonal of H^-1 instead of its factor's, which depends on the order of the columns; the number is bounded.
     """
     factor = inverse_factor(first.hessian(task), damping(task))
     loss = factor.square().sum(0).reciprocal().to(task.weight.dtype)
-    gain = gains(task.weight, loss, task.fmt)
+    gain = gains(task.weight, loss, first_level(task.fmt))
     unit = (task.weight.var(0, correction=0) * loss).mean()
     return (gain > task.number("threshold") * unit) & largest(gain, at_most(task.number("outliers"), gain.numel()))
 
@@ -61,6 +62,11 @@ def by_outliers(task: Task, grid: Grid) -> Rounded:
     before = kept.clone()
     rounded = feedback(task.weight, hessian, round_column, damping(task), act_order=act_order, kept=before)
     return replace(rounded, kept=kept)
+
+
+def first_level(fmt: Format) -> Format:
+    """The format with the scales of each group as they are: where they are stored above the least of several rows, in bf16 instead."""
+    return replace(fmt, codec="bf16") if fmt.scales.least else fmt
 
 
 def sweep_loss(hessian: Tensor, order: Tensor, damping: float) -> Tensor:

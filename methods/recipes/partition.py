@@ -120,7 +120,8 @@ OWQ = Recipe(
 
 SPQR = Recipe(
     name="spqr",
-    summary="keeps single weights that spoil their group's grid, or round badly in the sweep, in 16 bits",
+    summary="keeps single weights that spoil their group's grid, or round badly in the sweep, in 16 bits; for groups of 16 with scales"
+    " and zero points of 3 bits",
     source=Source(
         "SpQR: A Sparse-Quantized Representation for Near-Lossless LLM Weight Compression",
         2023,
@@ -131,6 +132,7 @@ SPQR = Recipe(
     partition="leave-one-out",
     rounder="feedback-outliers",
     stacks=False,
+    format="w3a16-g16-bi3-asym",
     formats=spanned_groups,
     knobs={
         "threshold": KnobSpec(0.2, low=0.0, high=NEVER),

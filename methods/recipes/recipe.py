@@ -158,7 +158,8 @@ class Recipe:
 
     transform, partition, fitter, rounder, compensator, learner: names of parts in `methods.quant.parts`, "" for none; a knob named
     `fitter` chooses that one. stacks: layers that share their inputs may be compressed as one weight, row below row.
-    knobs: all but `format`, which every quantizing recipe requires. formats: why a format is refused, or None. sites: likewise for a site.
+    format: the one that it was published with, which decisions take that name none; "" where each has to name one.
+    knobs: all but `format`, which every quantizing recipe has. formats: why a format is refused, or None. sites: likewise for a site.
     side_bits: stored bits a weight beside the grid, (d_out, d_in, knobs) -> bits, for what the recipe keeps there at most.
     simulated: why no kernel runs what the recipe stores, so that it has no latency of its own; "" where the format's kernels do.
     """
@@ -175,6 +176,7 @@ class Recipe:
     compensator: str = ""
     learner: str = ""
     stacks: bool = True
+    format: str = ""
     knobs: Mapping[str, KnobSpec] = field(default_factory=dict)
     formats: Callable[[Format], str | None] = integer_format
     sites: Callable[[Site, Mapping[str, Knob]], str | None] = any_site
@@ -203,6 +205,8 @@ class Recipe:
                 raise ValueError(f"{self.name}: unknown knob {name!r}; allowed are {', '.join(allowed) or 'none at all'}")
             if name != "format" and not self.knobs[name].allows(value):
                 raise ValueError(f"{self.name}: {name}={value!r} is not allowed; use {self.knobs[name].text}")
+        if quantizes and self.format:
+            knobs = {"format": self.format, **knobs}
         if quantizes and "format" not in knobs:
             raise ValueError(f"{self.name}: the knob format is missing; write {self.name}:format=w4a16-g64, for example")
         if quantizes:
@@ -218,8 +222,9 @@ class Recipe:
         reason = f"no method makes {fmt.name} weights yet; its kernels can be timed" if fmt.thinned else self.formats(fmt)
         if not reason and not fmt.dense:
             reason = PART_FORMATS.get(str(resolved.get("fitter", self.fitter)), any_format)(fmt)
-        if not reason and fmt.dense and len(knobs) > 1:
-            reason = f"{fmt.name} is a cast, on which {', '.join(sorted(set(knobs) - {'format'}))} has no effect"
+        idle = sorted(set(knobs) - {"format"})
+        if not reason and fmt.dense and idle:
+            reason = f"{fmt.name} is a cast, on which {', '.join(idle)} has no effect"
         reason = reason or self.sites(site, resolved)
         if reason:
             return f"{self.name}: {reason}"
@@ -232,8 +237,8 @@ class Recipe:
         reason = self.refuses(site, knobs)
         if reason:
             raise ValueError(reason)
-        fmt = parse_format(str(knobs["format"]) if self.stage is Stage.QUANTIZE else dtype)
         resolved = self.resolve(knobs)
+        fmt = parse_format(str(resolved["format"]) if self.stage is Stage.QUANTIZE else dtype)
         # Layers of a site each have scales, and what stands beside the grid, of their own.
         bits = sum(fmt.overhead_bits(layer.d_out, layer.d_in) for layer in site.layers) / site.n_weights
         if self.side_bits is not None:

@@ -1,19 +1,24 @@
-"""The simple policies that people use: one format everywhere, the better of two equally wide ones, wider ends, one kind wider.
+"""The simple policies that people use: one format everywhere, the better of equally wide ones, wider ends, one kind wider.
 
 They are what a search has to beat at the same latency.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from methods.formats.format import parse_format
+from methods.formats.twins import float_twin, has_twin
 from methods.policy import Decision, Policy
 from search.strategies.problem import TOLERANCE, Problem
 
-Family = Literal["uniform", "format", "ends", "kind"]
+Family = Literal["uniform", "format", "mofq", "ends", "kind"]
+
+Errors = Mapping[str, Mapping[str, float]]
+"""By site and format, the squared error of the weights rounded to nearest, relative to their energy."""
 
 _Width = tuple[float, float, float, bool]
 
@@ -42,14 +47,39 @@ def _uniform(problem: Problem, decision: Decision) -> Preset:
 
 
 def better_format(problem: Problem, decisions: Iterable[Decision]) -> list[Preset]:
-    """Of decisions that are equally wide and of one method, such as integers and minifloats of 4 bits, each site's of least loss.
-
-    The format argmin of MoFQ (Zhang 2023), with the additive score for the error of the weights.
-    """
+    """Of decisions that are equally wide and of one method, such as integers and NormalFloat of 4 bits, each site's of least loss."""
     alike: dict[tuple[object, ...], list[Decision]] = {}
     for decision in decisions:
         alike.setdefault((decision.method, _width(decision)), []).append(decision)
     return [_best_of(problem, several) for several in alike.values() if len(several) > 1]
+
+
+def mofq(problem: Problem, decisions: Iterable[Decision], errors: Errors) -> list[Preset]:
+    """Integers or the minifloats of as many bits, at each site those in which its weights have the smaller error.
+
+    Pairs are decisions that differ in their format alone, where the one's is the other's `float_twin`; integers where errors are equal or
+    not known. MoFQ (Zhang 2023), the rule for inputs in 16 bits; the one for rounded inputs, by the error of the layer's output, is left
+    out: `better_format` judges them by their effect on the whole model.
+    """
+    known, found = set(decisions), []
+    for decision in sorted(known, key=lambda d: d.label):
+        name = decision.knob("format")
+        fmt = parse_format(name) if isinstance(name, str) else None
+        if fmt is None or fmt.act_bits != 16 or not has_twin(fmt):
+            continue
+        twin = float_twin(fmt).name
+        other = Decision.of(decision.method, **{**dict(decision.knobs), "format": twin})
+        if other in known:
+            found.append(_mofq(problem, decision, other, (fmt.name, twin), errors))
+    return found
+
+
+def _mofq(problem: Problem, whole: Decision, floats: Decision, names: tuple[str, str], errors: Errors) -> Preset:
+    def chosen(site: str) -> Decision:
+        own, other = (errors.get(site, {}).get(name, math.inf) for name in names)
+        return floats if other < own else whole
+
+    return _preset(problem, f"mofq of {whole.label} and {floats.label}", "mofq", chosen)
 
 
 def _best_of(problem: Problem, decisions: list[Decision]) -> Preset:
@@ -85,14 +115,17 @@ def within_budget(
     kind: Mapping[str, str],
     budget_ms: float,
     decisions: set[Decision] | None = None,
+    errors: Errors | None = None,
 ) -> list[Preset]:
-    """All simple policies of the four families that meet the budget and the limits, least additive loss first, no policy twice.
+    """All simple policies of the five families that meet the budget and the limits, least additive loss first, no policy twice.
 
-    `ends` keeps as many blocks wide as the budget allows. decisions: only these, where given; all that some site has otherwise.
+    `ends` keeps as many blocks wide as the budget allows. decisions: only these, where given; all that some site has
+    otherwise. errors: for `mofq`, which needs them.
     """
     used = [d for d in _decisions(problem) if decisions is None or d in decisions]
     found = [_uniform(problem, decision) for decision in used]
     found += better_format(problem, used)
+    found += mofq(problem, used, errors) if errors else []
     half = (max(block[site] for site in problem.sites) + 1) // 2
     for narrow in used:
         for wide in (d for d in used if _width(d) > _width(narrow)):

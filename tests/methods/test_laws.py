@@ -54,6 +54,7 @@ FORMATS = [
     "lut3a16-g48",
     "lut3a16-whole",
     "w4a16-g16-u4",
+    "w3a16-g16-bi3-asym",
     "w4a8-g48-fp16-asym",
     "e2m1ae4m3-token-g48",
     "e2m1ae2m1-tensor-g48",

@@ -9,12 +9,13 @@ import pytest
 import torch
 from gguf import quants
 
-from methods.formats import scales
+from methods.formats import scales, stored
 from methods.formats.codecs import CODECS
 from methods.formats.elements import BITS, MINIFLOATS, NF4, largest, levels, normal_float
 from methods.formats.format import NAMED, Format, parse_format
 from methods.formats.levels import fixed, table
 from methods.formats.numerics import binary_levels, decode, encode, payload_bits, quantize_activation
+from methods.formats.packing import packed_bytes
 from methods.quant.grid import Grid, grouped
 from methods.quant.lut import lut_grid
 from methods.quant.minmax import minmax
@@ -42,6 +43,9 @@ GRIDS = [
     "w8a8-tensor-whole",
     "w4a16-b5x64-fp16-asym",
     "w4a16-g32-k6-asym",
+    "w3a16-g16-bi3",
+    "w3a16-g16-bi3-asym",
+    "w4a8-token-g48-bi3-asym",
 ]
 
 
@@ -104,6 +108,7 @@ def test_formats_that_mean_nothing_are_errors(fields: dict[str, object], message
     [
         *(("mxfp4a16", 4.25), ("nvfp4a16", 4.5), ("nf4", 4.5), ("nf4-dq", 4 + 8 / 64 + 32 / 64 / 256), ("q4_k", 4.5)),
         *(("q2_k", 2.625), ("q3_k", 3.4375), ("q6_k", 6.5625), ("q8_0", 8.5), ("q4_1", 5.0), ("tern2a16-g64", 2.25)),
+        *(("w3a16-g16-bi3-asym", 3 + 6 / 16 + 64 / 256), ("w4a16-g32-bi3", 4 + 3 / 32 + 32 / 512)),
         *(("w4a16-g16-u4", 4 + 4 / 16 + 32 / 4096), ("bcq3a16-g64", 3 + 48 / 64), ("lut3a16", 3 + 128 / 4096)),
         *(("fp8-block", 8 + 32 / 128**2), ("fp8-tensor", 8.0), ("fp8-token", 8 + 16 / 4096)),
     ],
@@ -287,8 +292,47 @@ def test_two_level_scales_by_their_equations() -> None:
     assert torch.equal(grid.parts["scale"][used], (ideal / gamma)[used].round().clamp(1, 15).to(torch.uint8))
 
 
+def test_scales_and_zero_points_of_sixteen_rows_by_their_equations() -> None:
+    """37 rows make three sets, the last of five; a scale and a zero point are 3-bit steps above the least of their set, both in bf16."""
+    fmt, weight = parse_format("w3a16-g16-bi3-asym"), random(37, 96, seed=1) * 0.05
+    weight[3, 16:32] = 0.0
+    grid = minmax(weight, fmt)
+    payload = nearest(weight, fmt, grid)
+    low, high = weight.view(37, 6, 16).aminmax(dim=-1)
+    scale = (high.clamp(min=0) - low.clamp(max=0)) / 7
+    zero = torch.where(scale > 0, -low.clamp(max=0) / scale, 0.0)
+    assert {part: tuple(tensor.shape) for part, tensor in payload.items() if "_" in part} == {
+        f"{role}_{part}": (3, 6) for role in ("scale", "offset") for part in ("super", "least")
+    }
+    for role, values in (("scale", scale), ("offset", zero)):
+        for group in range(6):
+            for rows in (slice(0, 16), slice(16, 32), slice(32, 37)):
+                own = values[rows, group]
+                least = own[own > 0].min().bfloat16() if role == "scale" else own.min().bfloat16()
+                step = ((own.max() - least.float()) / 7).bfloat16()
+                codes = ((own - least.float()) / step.float()).round().clamp(0, 7)
+                assert payload[f"{role}_least"][rows.start // 16, group] == least
+                assert payload[f"{role}_super"][rows.start // 16, group] == step
+                assert torch.equal(payload[role][rows, group].float(), codes)
+                used = least.float() + codes * step.float()
+                if role == "scale":
+                    assert torch.equal(grid.scale[rows, group], used)
+                else:
+                    assert grid.offset is not None and torch.equal(grid.offset[rows, group], -used * grid.scale[rows, group])
+    assert (decode(fmt, payload)[3, 16:32] == 0).all()
+    packed = {part: stored.packed(fmt, part, tensor) for part, tensor in payload.items()}
+    assert packed["scale"].numel() == packed_bytes(37 * 6, 3) and packed["codes"].numel() == packed_bytes(37 * 96, 3)
+    again = {part: stored.unpacked(fmt, part, tensor, (37, 96)) for part, tensor in packed.items()}
+    assert all(torch.equal(again[part], payload[part]) for part in payload)
+
+
+def test_zero_points_cannot_be_written_without_their_scales() -> None:
+    with pytest.raises(ValueError, match="give the scales as `unit`"):
+        scales.write(parse_format("w3a16-g16-bi3-asym"), "offset", torch.zeros(3, 2))
+
+
 def test_like_takes_the_second_level_over() -> None:
-    for codec in ("nv", "dq", "u6", "k6"):
+    for codec in ("nv", "dq", "u6", "k6", "bi3"):
         fmt = Format(4, 16, element="int", codec=codec)
         ideal = random(3, 48).abs() + 0.5
         first = scales.write(fmt, "scale", ideal)

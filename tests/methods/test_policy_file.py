@@ -47,6 +47,7 @@ DECISIONS = (
     Decision.of("bcq", format="bcq3a16-g64", rounds=3),
     Decision.of("rtn", format="w6a4-token-g64"),
     Decision.of("rtn", format="fp8-token"),
+    Decision.of("spqr", outliers=0.005),
     DENSE,
 )
 

@@ -421,3 +421,15 @@ def test_the_baseline_is_what_people_would_run_and_is_named_as_that(dtype: str, 
     if len(names) == 3:
         site = found[names[1]].get_submodule("model.layers.0.mlp.down_proj").site  # type: ignore[union-attr]
         assert site.few.size_bytes() == 2 * HIDDEN * INNER
+
+
+def test_a_gpu_is_compared_with_the_rounded_model_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its dense kernel multiplies other dtypes than bf16 in fp32 as well, so that half the time would be had for nothing."""
+    monkeypatch.setattr(Runtime, "materialize", lambda engine, _: engine.structure.dtype)
+    model = tiny_model("llama")
+    for dtype, found in (
+        ("fp16", {"dense fp16": "fp16", "dense bf16, rounded from fp16": "bf16"}),
+        ("bf16", {"dense bf16": "bf16"}),
+    ):
+        target = replace(TARGET, device="cuda", compute_dtype="bf16")
+        assert dense_candidates(Runtime(model, describe(model, dtype), target)) == found

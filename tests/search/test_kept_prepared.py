@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from methods.apply import site_view
+from methods.model.load import load
+from methods.quant.format_choice import decide_mofq
+from profilers.target import local_cpu
 from search import maps, prepare, pricing, run, whole_model
 from search.config import RunConfig
+from search.explore import simple_policies
 from search.prepared import Option, Prepared
 from search.progress import Progress
 from search.run import run_study
+from search.session import Session
 from tests.search.run_server import fixed_prices, one_core
 from tests.tiny import save_tiny
 
 SMALL = "w2a8-g32-asym"
 """Taken to be slower than 4 bits, so that bytes alone speak for it."""
+
+FORMATS = ("w8a8-token", "w4a8-g32-asym", SMALL)
 
 
 class Solved(Exception):
@@ -42,8 +54,8 @@ class Study:
 
         sizes = {"sequence": 16, "calibration_tokens": 32, "search_tokens": 32, "validation_tokens": 32, "threads": 1}
         config = RunConfig(
-            model=str(self._model), formats=("w8a8-token", "w4a8-g32-asym", SMALL), results=str(self._folder / "results"),
-            cache=str(self._folder / "cache"), study=study, **{"workload": "decode:batch=1,context=8", **sizes, **objectives},
+            results=str(self._folder / "results"), cache=str(self._folder / "cache"), study=study,
+            **{"model": str(self._model), "formats": FORMATS, "workload": "decode:batch=1,context=8", **sizes, **objectives},
         )  # fmt: skip
         self._did.clear()
         with pytest.raises(Solved):
@@ -122,6 +134,51 @@ def test_objectives_of_other_workloads_are_kept_side_by_side(study: Study) -> No
         assert did == [] and again.to_json() == known.to_json()
         assert study.steps()["prepared"]["workload"] == known.workload
         assert len(study.steps()["prepared"]["also"]) == len(known.also)
+
+
+def test_integers_and_minifloats_of_equal_bits_are_judged_for_mofq(study: Study) -> None:
+    """Each site's error of rounded weights is kept, and the simple policy takes the less of both; without a twin nothing is computed."""
+    found, _ = study.solve("twins", latency="0.9x", formats=("w4a16-g32", "e2m1a16-g32", "w8a16"))
+    loaded = load(str(study._model), study._folder / "cache")
+    assert len(found.rounding_errors) == len(loaded.structure.sites)
+    decided = {}
+    for site in loaded.structure.sites:
+        decided[site.name] = decide_mofq(site_view(loaded.model, loaded.structure, site), "w4a16-g32").knob("format")
+        assert set(found.rounding_errors[site.name]) == {"w4a16-g32", "e2m1a16-g32"}
+        assert min(found.rounding_errors[site.name], key=found.rounding_errors[site.name].__getitem__) == decided[site.name]
+    first, *others = found.sites
+    turned = {"w4a16-g32": 0.5, "e2m1a16-g32": 0.1} if decided[first.name] == "w4a16-g32" else {"w4a16-g32": 0.0}
+    options = tuple(replace(o, rounding_error=turned.get(o.format, o.rounding_error)) for o in first.options)
+    mixed = replace(found, sites=(replace(first, options=options), *others))
+    (preset,) = (preset for preset in simple_policies(mixed, float("inf")) if preset.family == "mofq")
+    chosen = {site: preset.policy.at(site)[0].knob("format") for site in decided}
+    assert {site for site in decided if chosen[site] != decided[site]} == {first.name}
+    assert preset.name == "mofq of w4a16-g32 and e2m1a16-g32"
+    alone, _ = study.solve("alone", latency="0.9x", formats=("w4a16-g32", "w8a16"))
+    assert not any(alone.rounding_errors.values()) and "twins" not in study.steps("alone")
+
+
+def test_sites_of_a_model_in_fp16_may_be_multiplied_in_bf16(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the dense model is that is the baseline; priced and scored as any other, on whatever CPU this is."""
+    machine = cached_property(lambda session: replace(local_cpu(1), compute_dtype="bf16"))
+    machine.__set_name__(Session, "target")
+    monkeypatch.setattr(Session, "target", machine)
+    model = save_tiny(tmp_path / "half", "llama", 1, torch.float16)
+    arguments: dict[str, Any] = {"model": str(model), "latency": "0.9x", "formats": ("w8a16", "w4a16-g32")}
+    found, _ = study.solve("half", **arguments)
+    assert found.dense_name == "dense bf16, rounded from fp16"
+    for site in found.sites:
+        stored, rounded, *others = site.options
+        assert (stored.label, stored.format) == ("none", "fp16") and [o.format for o in others] == ["w8a16", "w4a16-g32"]
+        assert (rounded.label, rounded.format, rounded.bits_per_weight) == ("rtn:format=bf16", "bf16", 16)
+        assert rounded.size_bytes == stored.size_bytes and rounded.ms < stored.ms
+        assert 0 < rounded.loss < min(o.loss for o in others)
+    saved, predicted = map(float, re.findall(r"([\d.e-]+) ms (?:\[|by the map)", found.checked))
+    assert predicted == pytest.approx(saved, rel=0.02)  # both from sites as they are stored
+    exported, _ = study.solve("exported", **arguments, export=("compressed-tensors",))
+    assert all("bf16" not in [o.format for o in site.options] for site in exported.sites)
 
 
 def test_a_study_of_an_earlier_version_is_solved_as_it_is(study: Study) -> None:

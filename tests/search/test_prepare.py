@@ -25,6 +25,16 @@ def test_rounded_activations_do_not_replace_exact_ones() -> None:
     assert len(worth_having(options)) == 3
 
 
+@pytest.mark.parametrize(
+    ("ms", "kept"), [(4.0, ["fp16", "bf16", "w8a8-g64"]), (5.0, ["fp16", "w8a8-g64"]), (6.0, ["fp16", "w8a8-g64"])]
+)
+def test_dense_weights_of_another_dtype_have_to_be_faster_than_those_as_stored(ms: float, kept: list[str]) -> None:
+    stored = Option(DENSE.label, "fp16", 16, 1600, 5.0, "kernel")
+    rounded = Option(Decision.of("rtn", format="bf16").label, "bf16", 16, 1600, ms, "kernel")
+    options = [stored, rounded, option("w8a8-g64", 3, 8.25), option("w4a8-g64", 4.5, 4.25)]
+    assert [o.format for o in worth_having(options)] == kept
+
+
 def test_the_dense_option_stays_though_it_is_slowest() -> None:
     options = [option("bf16", 5, 16), option("w8a8-g64", 3, 8.25)]
     assert worth_having(options) == options

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from methods.policy import DENSE, Decision
-from search.strategies.presets import better_format, by_kind, ends, uniform, within_budget
+from search.strategies.presets import better_format, by_kind, ends, mofq, uniform, within_budget
 from search.strategies.problem import Problem
 
 W2 = Decision.of("rtn", format="w2a16-g64")
@@ -62,6 +62,22 @@ def test_the_better_of_two_equally_wide_formats_at_each_site() -> None:
     assert preset.policy.key() in {
         other.policy.key() for other in within_budget(p, dict.fromkeys("abcd", 0), dict.fromkeys("abcd", "o"), 4.0)
     }
+
+
+def test_mofq_takes_at_each_site_the_format_of_the_smaller_error_of_weights_whatever_the_loss() -> None:
+    floats, other = Decision.of("gptq", format="e2m1a16-g64"), Decision.of("rtn", format="e2m1a16-g64")
+    choices = ((DENSE, W4, floats), (floats, W4, other), (W4, floats), (DENSE, W4))
+    cost = tuple(np.ones(len(own)) for own in choices)
+    p = Problem(tuple("abcd"), choices, tuple(np.arange(len(own)) * 1.0 for own in choices), cost, cost)
+    errors = {"a": {"w4a16-g64": 0.02, "e2m1a16-g64": 0.01}, "b": {"w4a16-g64": 0.01, "e2m1a16-g64": 0.01}}
+    (preset,) = mofq(p, [DENSE, W4, W8, floats, other], errors | {"d": {"w4a16-g64": 0.5, "e2m1a16-g64": 0.1}})
+    assert [preset.policy.at(site) for site in "abcd"] == [(floats,), (W4,), (W4,), (W4,)]
+    assert preset.name == f"mofq of {W4.label} and {floats.label}" and preset.family == "mofq"
+    assert "1 of 4 sites take" in preset.notes  # d lacks the minifloats that it would take
+    assert mofq(p, [DENSE, W4, W8, other], errors) == []  # of another method
+    arguments = p, dict.fromkeys("abcd", 0), dict.fromkeys("abcd", "o"), 4.0
+    assert [x.family for x in within_budget(*arguments, errors=errors)].count("mofq") == 1
+    assert all(x.family != "mofq" for x in within_budget(*arguments))
 
 
 def test_ends_and_kinds() -> None:

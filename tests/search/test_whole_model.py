@@ -48,15 +48,16 @@ class Machine:
 
     def __init__(self, noise: float = 0.0, slow: bool = False) -> None:
         self.noise, self.slow, self.n = noise, slow, 0
+        self.dense_ms = 12 * MS["bf16"]
 
     def compare(self, dense: Any, model: dict[str, Any], *_: Any, **__: Any) -> tuple[Measurement, Measurement]:
         kernels = sum(MS[model[site.name].name] if site.name in model else MS["bf16"] for site in SITES)
         self.n += 1
         factor = 1 + self.noise * (-1) ** self.n
-        return _run(OUTSIDE_MS + 12 * MS["bf16"], self.slow), _run((OUTSIDE_MS + kernels) * factor, self.slow)
+        return _run(OUTSIDE_MS + self.dense_ms, self.slow), _run((OUTSIDE_MS + kernels) * factor, self.slow)
 
 
-def _pairs(machine: Machine, monkeypatch: pytest.MonkeyPatch, clock: Any = None) -> Any:
+def _pairs(machine: Machine, monkeypatch: pytest.MonkeyPatch, clock: Any = None, stored: bool = True) -> Any:
     monkeypatch.setattr(whole_model.end_to_end, "compare", machine.compare)
     if clock is not None:
         monkeypatch.setattr(whole_model, "time", SimpleNamespace(monotonic=clock))
@@ -64,7 +65,7 @@ def _pairs(machine: Machine, monkeypatch: pytest.MonkeyPatch, clock: Any = None)
         config=SimpleNamespace(seed=0, cache_folder=Path()), progress=Progress(quiet=True), target=SimpleNamespace()
     )
     engine: Any = SimpleNamespace(stand_in=lambda formats: formats)
-    return whole_model._measured(session, SITES, Workload(), engine, engine)
+    return whole_model._measured(session, SITES, Workload(), engine, engine, stored)
 
 
 def test_a_map_that_is_exact_takes_no_more_runs_than_an_interval_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +74,19 @@ def test_a_map_that_is_exact_takes_no_more_runs_than_an_interval_needs(monkeypat
     assert machine.n == len(found.policies) == whole_model.FEWEST_RUNS - 1
     fitted, _, label = whole_model._fitted(found.runs(SITES), found.hopeless, print)
     assert fitted.predict(2.4).mean == pytest.approx(OUTSIDE_MS + 2.4, rel=1e-3) and label == "measured"
+
+
+def test_a_dense_model_rounded_to_another_dtype_is_what_runs_are_relative_to_and_no_run_of_the_map(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sites that a policy leaves dense are slower than its: with it among the runs the map would be no line."""
+    machine = Machine()
+    machine.dense_ms = 12 * 0.4
+    found = _pairs(machine, monkeypatch, stored=False)
+    assert machine.n == len(found.policies) == whole_model.FEWEST_RUNS and len(found.runs(SITES)) == len(found.policies)
+    fitted, _, _ = whole_model._fitted(found.runs(SITES), found.hopeless, print)
+    assert fitted.predict(2.4).mean == pytest.approx(OUTSIDE_MS + 2.4, rel=1e-3)
+    assert found.dense_ms[0] == pytest.approx(OUTSIDE_MS + 12 * 0.4, rel=1e-3)
 
 
 def test_runs_end_where_the_interval_no_longer_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:

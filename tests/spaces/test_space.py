@@ -1,5 +1,6 @@
 """Spaces hold what can run and say what was dropped; runtimes refuse with the reason that matters."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,11 @@ from methods.method import Plan
 from methods.model.structure import LayerSpec, Site, Structure
 from methods.policy import DENSE, Decision
 from methods.recipes.recipe import norm_site
+from profilers.kernels.catalogue import supported
+from profilers.target import Target
+from search.method_list import has_kernel
 from spaces.runtimes import DEFAULT_FORMATS, RUNTIMES, default_formats, runtime
-from spaces.space import build
+from spaces.space import ROUNDED, build
 
 
 def _site(name: str, d_in: int, d_out: int = 80, kind: str = "o", transposed: bool = False, n: int = 1) -> Site:
@@ -50,6 +54,40 @@ def test_choices_are_priced_with_their_scales() -> None:
     assert space.choice("qkv", four.decision) == four
     assert not space.dropped and not space.notes
     assert space.size_log10 == pytest.approx(1.39794)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compute", "name", "offered"),
+    [
+        ("fp16", "bf16", "isolatency", True),
+        ("fp32", "bf16", "isolatency", True),
+        ("bf16", "bf16", "isolatency", False),  # and never fp16, which does not reach as far
+        ("fp16", "fp32", "isolatency", False),
+        ("fp16", "bf16", "vllm", False),
+        ("fp16", "", "isolatency", False),
+    ],
+)
+def test_sites_may_be_rounded_to_the_dtype_that_is_multiplied_in(dtype: str, compute: str, name: str, offered: bool) -> None:
+    structure = replace(_structure(QKV, DOWN), dtype=dtype)
+    space = build(structure, ["w8a16", "fp16"], ["gptq"], runtime(name), anything, compute)
+    for site in (QKV, DOWN):
+        labels = [choice.decision.label for choice in space.choices[site.name]]
+        assert labels == ["none", *(["rtn:format=bf16"] if offered else []), "gptq:format=w8a16"]
+    if offered:
+        rounded = space.choice("down", ROUNDED)
+        assert (rounded.format.name, rounded.bits_per_weight, rounded.size_bytes) == ("bf16", 16.0, 2 * 160 * 80)
+
+
+def test_rounding_to_another_dtype_is_no_compression_and_needs_a_kernel() -> None:
+    structure = replace(_structure(DOWN), dtype="fp16")
+
+    def no(names: tuple[str, ...]) -> Callable[[Format, Site], str | None]:
+        return lambda fmt, site: "no kernel" if fmt.name in names else None
+
+    with pytest.raises(ValueError, match="nothing can be compressed"):
+        build(structure, ["w8a16"], ["rtn"], runtime("isolatency"), no(("w8a16",)), "bf16")
+    space = build(structure, ["w8a16"], ["rtn"], runtime("isolatency"), no(("bf16",)), "bf16")
+    assert [choice.format.name for choice in space.choices["down"]] == ["fp16", "w8a16"]
 
 
 def test_a_group_that_does_not_divide_is_replaced_and_noted() -> None:
@@ -167,6 +205,17 @@ def test_a_site_with_nothing_but_dense_is_fine_and_a_model_without_choices_is_no
 )
 def test_runtimes_say_what_they_cannot_run(name: str, fmt: str, site: Site, reason: str | None) -> None:
     assert runtime(name).supports(parse_format(fmt), site) == reason
+
+
+@pytest.mark.parametrize("fmt", ["w3a16-g16-bi3-asym", "w4a16-g16-bi3"])
+def test_nothing_runs_or_loads_scales_that_rows_share_a_second_level_of(fmt: str) -> None:
+    form, site = parse_format(fmt), _site("x", 512, 512)
+    foreign = [found.supports(form, site) for name, found in RUNTIMES.items() if name != "isolatency"]
+    assert all(foreign) and not has_kernel(form)
+    able = frozenset({"avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "sm80", "sm89", "sm90", "fp8"})
+    machine = Target("some", "x86_64", False, "bf16", 4, 1 << 34, able, "0" * 16, "all that kernels ask for")
+    for target in (machine, replace(machine, device="cuda")):
+        assert supported(form, 512, 512, 64, target) == [] != supported(parse_format("w4a16-g32"), 512, 512, 64, target)
 
 
 def test_default_formats_are_what_their_runtime_runs() -> None:

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("rounding", "transform", "activation", "partition", "compensation", "format")
+from rows import CHUNK
+
+FAMILIES = ("rounding", "transform", "activation", "partition", "compensation", "format", "whole model", "cache")
 
 
 def write_table(folder: Path, rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> None:
@@ -57,7 +59,9 @@ def _page(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str], facts: Mappin
         "as many as stand in brackets, without the calibration pass, which sees the dense model or, *in order*, the compressed",
         "blocks before; MiB is the most that compressing one block added to the process. *+n*: at n sites, which the method",
         "refuses, stands its plain rounding in the same format; sites that refuse the format stay dense. *s*: simulated, no",
-        "kernel here runs it.",
+        "kernel here runs it. Rotations of the whole model count with what followed at its sites, and are judged from the model as",
+        "stored; *mofq* is at each site the format or the minifloats of as many bits. Of caches: bits of a key or value element at the",
+        f"windows' length; KL and perplexity of text read {CHUNK} tokens a call, but for the first; seconds of calibrating.",
         "",
         *(f"    {command}" for command in facts["commands"]),
         "",

@@ -28,7 +28,7 @@ from methods.quant.olive import SEARCH, olive, pair_codes
 from methods.quant.outliers import at_most, cast, filled, largest
 from methods.quant.owq import sensitive_columns
 from methods.quant.parts import FITTERS
-from methods.quant.spqr import by_outliers, gains
+from methods.quant.spqr import by_leave_one_out, by_outliers, gains
 from methods.quant.squeezellm import fisher_grid, sensitive_or_large
 from methods.quant.task import Task
 
@@ -198,6 +198,50 @@ def test_spqr_keeps_what_was_planted_and_beats_gptq_at_more_bits() -> None:
     assert kept == [2, 5, 19] and result.payload["elements.column"].tolist() == [11, 60, 95]
     plain = compressed("gptq", "w3a16-g16-asym", weight)
     assert output_error(result.dense, 40, weight) < 0.8 * output_error(plain.dense, 40, weight)
+
+
+def test_spqr_has_three_bit_scales_and_zero_points_by_default() -> None:
+    """Bits as the paper counts them: b + (b_scale + b_zero) / 16, 64 for each 16 by 16 weights, and 32 an outlier; old formats stay."""
+    x, large = inputs(), random(64, D_IN, seed=0) * 0.05
+    site = Site("down", "down", 0, (LayerSpec("down", "down", 0, D_IN, 64),))
+    stats = Stats(len(x), hessian=x.T @ x / len(x), first=x[:0])
+    found = apply(SiteView(site, {"down": large}), {"down": stats}, Decision("spqr")).linears["down"]
+    named = Decision.of("spqr", format="w3a16-g16-bi3-asym")
+    assert found.format.name == "w3a16-g16-bi3-asym" == plan(site, Decision("spqr")).format.name
+    assert torch.equal(found.dense, apply(SiteView(site, {"down": large}), {"down": stats}, named).linears["down"].dense)
+    assert plan(site, Decision("spqr")).simulated
+    outliers = int(found.payload["elements.count"].sum())
+    bits = 3 + 6 / 16 + 64 / 256 + 32 * outliers / large.numel() + 16 / D_IN
+    assert payload_bits(found.format, found.payload) == pytest.approx(bits * large.numel())
+    assert outliers <= 0.01 * large.numel() and bits <= plan(site, Decision("spqr")).cost.bits_per_weight + 1e-9
+    assert compressed("spqr", "w3a16-g16-asym").format.name == "w3a16-g16-asym"
+
+
+def test_spqr_looks_for_outliers_before_scales_are_rounded() -> None:
+    """Rows that share a second level do not decide on each other's outliers: the same ones as with scales of their own."""
+    weight = WEIGHT.clone()
+    weight[2, 11], weight[5, 60], weight[19, 95] = 0.8, -0.8, 0.8
+    shared, own = (compressed("spqr", f"w3a16-g16{codec}-asym", weight, outliers=0.002) for codec in ("-bi3", ""))
+    for result in (shared, own):
+        assert (result.payload["elements.count"] > 0).nonzero()[:, 0].tolist() == [2, 5, 19]
+        assert result.payload["elements.column"].tolist() == [11, 60, 95]
+    assert output_error(shared.dense, 40, weight) < 0.8 * output_error(
+        compressed("gptq", "w3a16-g16-bi3-asym", weight).dense, 40, weight
+    )
+    chosen = [
+        by_leave_one_out(
+            Task(
+                "down",
+                SiteView(SITE, {"down": WEIGHT}),
+                WEIGHT,
+                Stats(700, hessian=inputs().T @ inputs() / 700, first=inputs()[:0]),
+                parse_format(name),
+                {"threshold": 0.05, "outliers": 0.1, "damping": "auto"},
+            )
+        )
+        for name in ("w3a16-g16-bi3-asym", "w3a16-g16-asym")
+    ]
+    assert torch.equal(*chosen) and 0 < int(chosen[0].sum()) < 0.1 * WEIGHT.numel()
 
 
 @pytest.mark.parametrize(("method", "fmt"), [("owq", "w3a16-g48"), ("spqr", "w3a16-g16"), ("squeezellm", "lut3a16")])

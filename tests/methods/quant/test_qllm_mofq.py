@@ -11,12 +11,13 @@ from methods.catalogue import apply, plan, refuses
 from methods.formats.format import parse_format
 from methods.formats.numerics import decode, linear, quantize_activation
 from methods.formats.turns import inputs_back, turned, turned_back, turned_inputs
+from methods.formats.twins import float_twin
 from methods.method import SiteView, Stats
 from methods.model.describe import describe
 from methods.model.structure import LayerSpec, Site
 from methods.policy import Decision, Policy
 from methods.policy_file import PolicyFile, parse, render
-from methods.quant.format_choice import decide_mofq, float_twin
+from methods.quant.format_choice import decide_mofq
 from methods.quant.minmax import minmax
 from methods.quant.nearest import nearest
 from methods.quant.split_merge import copies, distances, reassembled, similar_pairs
