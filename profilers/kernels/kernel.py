@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol, Self
 
 from torch import Tensor
 
 from methods.formats.format import Format
+from profilers.kernels.code import code_of
 from profilers.target import Target
 
 Payload = Mapping[str, Tensor]
@@ -68,10 +68,10 @@ class LinearKernel(Protocol):
 
 
 def hash_of(*files: str, versions: Sequence[str] = ()) -> str:
-    """16 hex digits of the SHA-256 of source files, and of the versions of packages whose code they run."""
+    """16 hex digits of the SHA-256 of what source files compute (`code_of`), and of the versions of packages whose code they run."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(Path(file).read_bytes())
+        digest.update(code_of(file).encode())
     for version in versions:
         digest.update(f"\n{version}".encode())
     return digest.hexdigest()[:16]
