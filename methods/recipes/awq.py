@@ -1,12 +1,12 @@
 """`awq`: activation-aware scaling, then rounding to nearest. Imports no torch."""
 
 from methods.method import Source
-from methods.recipes.recipe import KnobSpec, Recipe, grid_format, norm_site
+from methods.recipes.recipe import FOLD, KnobSpec, Recipe, fold_site, grid_format
 from methods.recipes.rtn import CLIPPER
 
 AWQ = Recipe(
     name="awq",
-    summary="scales up the columns that large inputs meet, folded into the norm, then rounds to nearest",
+    summary="scales up the columns that large inputs meet, folded into the norm or rows before, then rounds to nearest",
     source=Source(
         "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration",
         2024,
@@ -16,6 +16,6 @@ AWQ = Recipe(
     family="transform",
     transform="awq",
     formats=grid_format,
-    sites=norm_site,
-    knobs={"duo": KnobSpec(False, options=(False, True)), "fitter": CLIPPER},
+    sites=fold_site,
+    knobs={"duo": KnobSpec(False, options=(False, True)), "fitter": CLIPPER, "fold": FOLD},
 )
