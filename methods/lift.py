@@ -4,7 +4,8 @@ A method that scales the inputs of down or o has nothing to fold the scale into 
 edit of its own. So it stores powers of two beside its codes (`turn.power`), and decodes to a weight for the inputs as they are:
 edits stay independent of one another, wherever weights are decoded. Kernels and files of other tools have no place for such a part.
 Here the part goes, and the rows of the feeding linear, compressed or dense, take the powers over. Powers of two move through
-products and sums without rounding, so that the model is the same bit for bit, barring numbers outside a dtype's range.
+products and sums without rounding, so that the model is the same bit for bit, barring numbers outside a dtype's range. A cache that
+rounds values is filled with them as they run, lifted.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from methods.recipes.rtn import CLIPPER
 
 AWQ = Recipe(
     name="awq",
-    summary="scales up the columns that large inputs meet, folded into the norm or rows before, then rounds to nearest",
+    summary="scales up the columns that large inputs meet, folded into the norm or the rows before it, then rounds to nearest",
     source=Source(
         "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration",
         2024,

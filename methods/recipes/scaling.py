@@ -1,4 +1,4 @@
-"""Recipes that scale or move the inputs of a site, folded into the norm before it, and round to nearest. Imports no torch."""
+"""Recipes that scale or move the inputs of a site, folded into the norm or the rows before it, and round to nearest. Imports no torch."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from methods.apply import Installer, site_view
 from methods.bank import Bank
 from methods.calibrate import sweep
 from methods.formats.halves import in_halves
-from methods.formats.numerics import Compressed
+from methods.formats.numerics import Compressed, payload_bits
 from methods.formats.sides import plain
 from methods.formats.turns import POWER
 from methods.lift import Lifted
@@ -161,6 +161,9 @@ def test_every_scaling_method_stands_where_rows_feed_a_site(loaded: LoadedModel,
     lifted = Lifted(edits, structure, loaded.model)
     assert torch.equal(logits(loaded.model, structure, lifted), logits(loaded.model, structure, edits))
     for site in fed:
+        own = edits[site.name].linears[site.layers[0].name]
+        stored = payload_bits(own.format, own.payload) / site.n_weights
+        assert catalogue.plan(site, decisions[site.name]).cost.bits_per_weight == stored
         off = Decision.of(method, format=fmt, fold="norms")
         assert "follows no norm of its own" in str(catalogue.refuses(site, off))
         assert catalogue.lifts(site, decisions[site.name]) and not catalogue.lifts(site, off)
@@ -202,6 +205,9 @@ def test_what_is_evaluated_is_what_is_stored_exported_and_run(tmp_path: Path, lo
     assert check.ok and check.max_weight_diff == 0.0
     check = export_checkpoint(tmp_path / "ckpt", "dense", tmp_path / "plain")
     assert check.ok and check.max_weight_diff == 0.0
+    if fmt == "w4a16-g32":
+        check = export_checkpoint(tmp_path / "ckpt", "gptq", tmp_path / "gptq")
+        assert check.ok and check.max_weight_diff == 0.0
     with torch.inference_mode():
         ours = Runtime(model, structure, local_cpu(1)).materialize(edits)(IDS).logits.float()
     assert float((ours - expected).norm() / expected.norm()) < 0.1
