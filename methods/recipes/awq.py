@@ -1,8 +1,13 @@
 """`awq`: activation-aware scaling, then rounding to nearest. Imports no torch."""
 
+from dataclasses import replace
+
 from methods.method import Source
 from methods.recipes.recipe import FOLD, KnobSpec, Recipe, fold_site, grid_format
 from methods.recipes.rtn import CLIPPER
+
+BY_ROWS = replace(FOLD, default="rows")
+"""For scales that the error of the outputs chooses."""
 
 AWQ = Recipe(
     name="awq",
@@ -17,5 +22,5 @@ AWQ = Recipe(
     transform="awq",
     formats=grid_format,
     sites=fold_site,
-    knobs={"duo": KnobSpec(False, options=(False, True)), "fitter": CLIPPER, "fold": FOLD},
+    knobs={"duo": KnobSpec(False, options=(False, True)), "fitter": CLIPPER, "fold": BY_ROWS},
 )

@@ -1,6 +1,7 @@
 """Combinations of published parts that carry no paper's name. Imports no torch."""
 
 from methods.method import Source
+from methods.recipes.awq import BY_ROWS
 from methods.recipes.gptq import FEEDBACK_KNOBS
 from methods.recipes.recipe import FOLD, Recipe, fold_site, grid_format
 from methods.recipes.rtn import CLIPPER, FITTER
@@ -15,7 +16,7 @@ AWQ_GPTQ = Recipe(
     formats=grid_format,
     sites=fold_site,
     rounder="feedback",
-    knobs={"fitter": CLIPPER, "fold": FOLD, **FEEDBACK_KNOBS},
+    knobs={"fitter": CLIPPER, "fold": BY_ROWS, **FEEDBACK_KNOBS},
 )
 
 SMOOTH_GPTQ = Recipe(

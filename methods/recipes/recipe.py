@@ -105,8 +105,11 @@ def norm_site(site: Site, knobs: Mapping[str, Knob]) -> str | None:
     )
 
 
-FOLD = KnobSpec("rows", options=("rows", "norms"))
-"""Where a site's scale may go: into the norm before it or, where it has none of its own, into the rows that feed it; or norms alone."""
+FOLD = KnobSpec("norms", options=("norms", "rows"))
+"""Where a site's scale may go: into the norm before it, or where it has none of its own also into the rows that feed it.
+
+Rows lower the loss where the scale is chosen by the outputs' error; a fixed rule takes more from the weights there than the inputs gain.
+"""
 
 
 def fold_site(site: Site, knobs: Mapping[str, Knob]) -> str | None:

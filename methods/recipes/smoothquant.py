@@ -8,7 +8,7 @@ ALPHA = KnobSpec(0.5, low=0.0, high=1.0)
 
 SMOOTHQUANT = Recipe(
     name="smoothquant",
-    summary="moves range from the inputs into the weights, folded into the norm or the rows before it, then rounds to nearest",
+    summary="moves range from the inputs into the weights, folded into the norm, then rounds to nearest",
     source=Source(
         "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
         2023,

@@ -46,6 +46,10 @@ def uneven_(model: Any, structure: Structure) -> None:
             bias_of(module)[rows] *= size
 
 
+def by_rows(method: str, fmt: str) -> Decision:
+    return Decision.of(method, format=fmt, fold="rows")
+
+
 def decided(structure: Structure, method: str = "smoothquant", fmt: str = "w4a16-g16") -> dict[str, Decision]:
     """The method at every site, but that what feeds down is dense in the second block, and what feeds o in the third."""
     kept = {1: "up", 2: "v"}
@@ -53,7 +57,7 @@ def decided(structure: Structure, method: str = "smoothquant", fmt: str = "w4a16
     def dense(site: Site) -> bool:
         return any(layer.kind == kept.get(site.block) for layer in site.layers)
 
-    decision = Decision.of(method, format=fmt)
+    decision = by_rows(method, fmt)
     return {
         site.name: decision if catalogue.refuses(site, decision) is None else Decision.of("rtn", format=fmt)
         for site in structure.sites
@@ -117,7 +121,7 @@ def test_without_rounding_it_is_the_dense_model(arch: str) -> None:
     model = tiny_model(arch)
     structure = describe(model)
     uneven_(model, structure)
-    decisions = {site.name: Decision.of("smoothquant", format="w8a16-g16") for site in structure.sites if site.feed}
+    decisions = {site.name: by_rows("smoothquant", "w8a16-g16") for site in structure.sites if site.feed}
     edits = made(model, structure, decisions)
     dense, found = logits(model, structure, {}), logits(model, structure, Lifted(edits, structure, model))
     assert float((found - dense).norm() / dense.norm()) < 0.05
@@ -155,7 +159,9 @@ def test_every_scaling_method_stands_where_rows_feed_a_site(loaded: LoadedModel,
     structure, fmt = loaded.structure, "w4a8-g32"
     fed = [site for site in structure.sites if site.feed]
     assert {site.kind for site in fed} == {"o", "down"}
-    decisions = {site.name: Decision.of(method, format=fmt, **({"quiet": 0.0} if method == "fptq" else {})) for site in fed}
+    decisions = {site.name: by_rows(method, fmt) for site in fed}
+    if method == "fptq":
+        decisions = {name: Decision.of(method, format=fmt, fold="rows", quiet=0.0) for name in decisions}
     edits = made(loaded.model, structure, decisions)
     assert powers(edits)
     lifted = Lifted(edits, structure, loaded.model)
@@ -217,7 +223,7 @@ def test_what_is_evaluated_is_what_is_stored_exported_and_run(tmp_path: Path, lo
 def test_rows_that_cannot_take_powers_are_refused_by_name(tmp_path: Path, loaded: LoadedModel) -> None:
     model, structure = loaded.model, loaded.structure
     up, down = structure.in_block(0)[2:]
-    decisions = {up.name: Decision.of("rtn", format="fp8-tensor"), down.name: Decision.of("smoothquant", format="w4a16-g32")}
+    decisions = {up.name: Decision.of("rtn", format="fp8-tensor"), down.name: by_rows("smoothquant", "w4a16-g32")}
     edits = made(model, structure, decisions)
     lifted = Lifted(edits, structure, model)
     reason = "up_proj cannot be multiplied by powers of two: fp8-tensor has scales that several rows share"
@@ -234,10 +240,17 @@ def test_rows_that_cannot_take_powers_are_refused_by_name(tmp_path: Path, loaded
 
 def test_scales_are_held_in_halves_behind_a_lift(loaded: LoadedModel) -> None:
     down = loaded.structure.in_block(0)[-1]
-    edit = made(loaded.model, loaded.structure, {down.name: Decision.of("smoothquant", format="w4a16-g32")})[down.name]
+    edit = made(loaded.model, loaded.structure, {down.name: by_rows("smoothquant", "w4a16-g32")})[down.name]
     compressed = edit.linears[down.layers[0].name]
     tiny = Compressed.of(compressed.format, {**compressed.payload, "scale": compressed.payload["scale"] * 2.0**-12})
     held = in_halves(tiny)
     assert not torch.equal(held.payload["scale"], tiny.payload["scale"])
     assert torch.equal(held.payload["scale"].half().float(), held.payload["scale"].float())
     assert float((held.dense - tiny.dense).norm() / tiny.dense.norm()) < 0.1
+
+
+@pytest.mark.parametrize("method", ["awq", "awq-gptq", "smoothquant", "smooth-gptq", "outlier-suppression-plus", "fptq"])
+def test_rows_are_the_default_where_the_outputs_choose_the_scale(loaded: LoadedModel, method: str) -> None:
+    down = loaded.structure.in_block(0)[-1]
+    refused = catalogue.refuses(down, Decision.of(method, format="w4a16-g32"))
+    assert (refused is None) == method.startswith("awq")

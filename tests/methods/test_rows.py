@@ -62,7 +62,8 @@ def test_formats_that_keep_rows_apart(fmt: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "fmt", ["fp8-tensor", "e2m3ae4m3-b16x64-fp32", "nvfp4a16", "nf4-dq", "tern2a16-whole", "lut3a16-whole"]
+    "fmt",
+    ["fp8-tensor", "e2m3ae4m3-b16x64-fp32", "nvfp4a16", "nf4-dq", "tern2a16-whole", "lut3a16-whole", "w3a16-g16-bi3-asym"],
 )
 def test_formats_whose_rows_share_scales_are_refused(fmt: str) -> None:
     before = made(fmt)
