@@ -34,6 +34,7 @@ from methods.recipes.learned import ADAROUND, ADAROUND_BLOCK, FLEXROUND, OMNIQUA
 from methods.recipes.model_method import ModelMethod
 from methods.recipes.partition import GOBO, LLM_INT8, OLIVE, OWQ, SPQR, SQUEEZELLM
 from methods.recipes.recipe import Recipe
+from methods.recipes.recipe import lifts as may_lift
 from methods.recipes.rotation import BLOCK_HADAMARD, QUAROT, QUIP, SPINQUANT
 from methods.recipes.rounding import GPTAQ, GPTQ_GREEDY, GREEDY, LDLQ, OBQ, OUTPUT_CLIP, PERCENTILE, STOCHASTIC
 from methods.recipes.rtn import RTN
@@ -113,6 +114,11 @@ def format_of(decision: Decision) -> str | None:
     named = decision.knob("format")
     own = METHODS[decision.method].format if decision.method in METHODS else ""
     return own or None if named is None else str(named)
+
+
+def lifts(site: Site, decision: Decision) -> bool:
+    """Whether the decision may leave a scale to the rows that feed the site, whose format must then take it (`Format.lifts`)."""
+    return may_lift(site, method(decision.method).resolve(dict(decision.knobs)))
 
 
 def needs(decisions: Iterable[Decision]) -> frozenset[Need]:

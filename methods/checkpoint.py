@@ -96,8 +96,11 @@ class Stored:
 
 
 def structure_digest(structure: Structure) -> str:
-    """The SHA-256, in hex, of a structure's canonical JSON."""
-    text = json.dumps(dataclasses.asdict(structure), sort_keys=True, separators=(",", ":"))
+    """The SHA-256, in hex, of a structure's canonical JSON, but for what feeds its sites, which earlier versions did not see."""
+    described = dataclasses.asdict(structure)
+    for site in described["sites"]:
+        del site["feed"]
+    text = json.dumps(described, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

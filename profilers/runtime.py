@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from methods.formats.format import Format, parse_format
 from methods.formats.numerics import shape_of
 from methods.formats.sides import plain
+from methods.lift import Lifted
 from methods.method import Edit
 from methods.model.structure import LayerSpec, Site, Structure
-from methods.model.weights import bias_of, weight_of
+from methods.model.weights import bias_of, is_transposed, weight_of
 from profilers import attention, norms
 from profilers.kernels.catalogue import kernel, supported
 from profilers.kernels.kernel import LinearKernel, Payload, Prepared
@@ -131,8 +132,14 @@ class Runtime:
         """A model whose sites compute with the kernels of their formats; sites without an edit are dense, as they are stored."""
         for name in edits:
             self.structure.site(name)
-        replaced = {name: tensor for edit in edits.values() for name, tensor in edit.tensors.items()}
-        return self._assembled(lambda site, layers: self._site(site, layers, edits.get(site.name), replaced), replaced)
+        lifted = Lifted(edits, self.structure, self.model)
+        if lifted.kept:
+            name, reason = next(iter(lifted.kept.items()))
+            raise RuntimeRefusal(
+                f"site {name}: its inputs are to be multiplied by powers of two, and {reason}; use fold=norms there"
+            )
+        replaced = {name: tensor for edit in lifted.values() for name, tensor in edit.tensors.items()}
+        return self._assembled(lambda site, layers: self._site(site, layers, lifted.get(site.name), replaced), replaced)
 
     def stand_in(self, formats: Mapping[str, Format]) -> nn.Module:
         """A model that takes as long as one whose sites have these formats, by name, the others being dense; its weights are random.
@@ -189,8 +196,7 @@ class Runtime:
         changed = any(f"{name}.{kind}" in replaced for name in names for kind in ("weight", "bias"))
         key = "+".join(names)
         if changed or key not in self._dense_sites:
-            stored = [weight_of(self.model.get_submodule(name)) for name in names]
-            weights = [replaced.get(f"{name}.weight", weight) for name, weight in zip(names, stored, strict=True)]
+            weights = [self._weight(name, replaced) for name in names]
             sizes = [weight.shape[0] for weight in weights]
             payload = {"weight": torch.cat(weights) if len(weights) > 1 else weights[0]}
             made = self._fused(parse_format(self.structure.dtype), payload, self._bias(names, sizes, replaced), sizes)
@@ -198,6 +204,14 @@ class Runtime:
                 return made
             self._dense_sites[key] = made
         return self._dense_sites[key]
+
+    def _weight(self, name: str, replaced: Mapping[str, Tensor]) -> Tensor:
+        """A linear's weight (d_out, d_in): the model's, or what replaces the parameter, in its layout."""
+        module = self.model.get_submodule(name)
+        parameter = replaced.get(f"{name}.weight")
+        if parameter is None:
+            return weight_of(module)
+        return parameter.T if is_transposed(module) else parameter
 
     def _stand_in(self, fmt: Format, k: int, sizes: Sequence[int], bias: Tensor | None) -> FusedSite:
         key = fmt.name, sum(sizes), k

@@ -149,19 +149,22 @@ def export_answer(
     export again. Otherwise, and for what the format cannot express or does not give back, raises ValueError; nothing is left then.
     """
     from methods.atomic import set_aside
+    from methods.lift import Lifted
     from search.export import checked
     from search.export.registry import exporter
 
     module, progress = exporter(name), session.progress
+    session.switch.dense()
+    lifted = Lifted(edits, session.loaded.structure, session.model)
     tokens = compared(session.corpora["report"].tokens) if ids is None else ids
 
     def write(place: Path) -> None:
         session.switch.dense()
         with progress.busy(f"exporting as {name}"):
-            module.export(place, session.loaded, file, edits)
+            module.export(place, session.loaded, file, lifted)
 
     def verify(place: Path) -> Verification:
-        session.switch.edits(edits)
+        session.switch.edits(lifted)
         with progress.busy(f"loading the {name} export back"):
             return module.verify(place, session.model, tokens)
 

@@ -19,6 +19,7 @@ from methods.catalogue import REVISION, model_method
 from methods.formats.numerics import payload_bits
 from methods.formats.sides import plain
 from methods.kv.format import CacheFormat
+from methods.lift import Lifted
 from methods.method import Edit
 from methods.model.structure import Structure
 from methods.model.tokenizer import check_ids
@@ -78,7 +79,7 @@ def generate(folder: Path, prompt: str, n_tokens: int, threads: int | None, on: 
     notes = continuation_notes(loaded, ids.shape[1], n_tokens)
     held = checkpoint.read(folder)
     table = LatencyTable.open(default_cache() / "tables", target)
-    simulated = simulated_sites(loaded.structure, held.edits, target)
+    simulated = simulated_sites(loaded.structure, Lifted(held.edits, loaded.structure, loaded.model), target)
     dense = {site for sites in simulated.values() for site in sites}
     # The loaded model holds the decoded weights, so that a site without its edit runs them densely.
     edits = {site: edit for site, edit in held.edits.items() if site not in dense}
@@ -134,7 +135,10 @@ def _replayed(model: Any, ids: Tensor, n_tokens: int, device: Device) -> Iterato
 
 
 def simulated_sites(structure: Structure, edits: Mapping[str, Edit], target: Target) -> dict[str, list[str]]:
-    """The sites whose payload no kernel runs on the target, by the reason: parts beside the grid, or the format."""
+    """The sites whose payload no kernel runs on the target, by the reason: parts beside the grid, or the format.
+
+    edits: as they run (`methods.lift`).
+    """
     found: dict[str, list[str]] = {}
     for name, edit in edits.items():
         site = structure.site(name)

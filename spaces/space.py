@@ -127,12 +127,33 @@ def build(
         choices[site.name] = tuple(found)
         if reasons:
             dropped[site.name] = MappingProxyType(reasons)
+    _withdraw_lifts(structure, choices, dropped)
     notes = tuple(f"{text}: {_count(sites)}" for text, sites in replaced.items())
     space = Space(MappingProxyType(choices), MappingProxyType(dropped), notes)
     _check_priced(space, methods)
     if all(choice.decision in (DENSE, ROUNDED) for found in choices.values() for choice in found):
         raise ValueError(_nothing(space, formats, methods, runtime))
     return space
+
+
+def _withdraw_lifts(
+    structure: Structure, choices: dict[str, tuple[Choice, ...]], dropped: dict[str, Mapping[str, str]]
+) -> None:
+    """Takes out, in place, choices that leave a scale to rows whose format may not take it: sites are chosen apart."""
+    site_of = {layer.name: site.name for site, layer in structure.layers()}
+    for site in structure.sites:
+        lifting = [choice for choice in choices[site.name] if catalogue.lifts(site, choice.decision)]
+        if site.feed is None or not lifting:
+            continue
+        feeding = site_of[site.feed.layer]
+        shared = next((choice.format.name for choice in choices[feeding] if not choice.format.lifts), "")
+        if shared:
+            choices[site.name] = tuple(choice for choice in choices[site.name] if choice not in lifting)
+            reasons = {
+                choice.decision.label: f"its scale goes to {feeding}, whose choice {shared} cannot take it"
+                for choice in lifting
+            }
+            dropped[site.name] = MappingProxyType({**dropped.get(site.name, {}), **reasons})
 
 
 def _check_priced(space: Space, methods: Sequence[str]) -> None:

@@ -135,6 +135,11 @@ class Format:
         return self.rows == 1 and self.scales.by_rows
 
     @property
+    def lifts(self) -> bool:
+        """Whether every row can be multiplied by a power of two of its own, in what it stores beside its codes."""
+        return self.by_rows or bool(self.rank)
+
+    @property
     def scales(self) -> Codec:
         """The codec of the scales."""
         return CODECS[self.codec]

@@ -8,6 +8,7 @@ from torch import Tensor
 from methods.formats import scales
 from methods.formats.numerics import Compressed, encode
 from methods.formats.sides import plain
+from methods.formats.turns import POWER, turned
 
 LARGEST = 65280.0
 """The largest bf16 number that fp16 holds."""
@@ -23,7 +24,8 @@ def in_halves(compressed: Compressed) -> Compressed:
     same object where nothing changes or the format keeps its scales otherwise.
     """
     fmt, payload = compressed.format, compressed.payload
-    if fmt.dense or not plain(payload) or payload.get("scale", torch.empty(0)).dtype != torch.bfloat16:
+    beside = {part: tensor for part, tensor in payload.items() if part != POWER}
+    if fmt.dense or not plain(beside) or payload.get("scale", torch.empty(0)).dtype != torch.bfloat16:
         return compressed
     parts = {role: _rounded(payload[role], role) for role in ("scale", "offset") if role in payload}
     changed = torch.stack([parts[role] != payload[role] for role in parts]).any(0)
@@ -31,7 +33,7 @@ def in_halves(compressed: Compressed) -> Compressed:
         return compressed
     d_out = len(payload["codes"])
     used = {role: scales.spread(fmt, scales.read(fmt, role, parts), d_out) for role in ("scale", "offset") if role in parts}
-    codes = encode(compressed.dense, fmt, used["scale"], used.get("offset"))
+    codes = encode(turned(compressed.dense, payload).float(), fmt, used["scale"], used.get("offset"))
     groups = scales.spread(fmt, changed, d_out).repeat_interleave(codes.shape[1] // changed.shape[1], 1)
     return Compressed.of(fmt, {**payload, **parts, "codes": torch.where(groups, codes, payload["codes"])})
 

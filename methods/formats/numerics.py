@@ -14,7 +14,7 @@ from methods.formats.elements import OWN_LEVELS
 from methods.formats.format import Format
 from methods.formats.levels import Ladder, fixed, ladder, table
 from methods.formats.sides import with_sides
-from methods.formats.turns import inputs_back, is_turned, turned_inputs
+from methods.formats.turns import POWER, inputs_back, is_turned, turned_inputs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE_DTYPE = torch.bfloat16
@@ -152,5 +152,8 @@ def linear(
 
 
 def payload_bits(fmt: Format, payload: Mapping[str, Tensor]) -> int:
-    """Bits that a payload takes when packed: narrow codes at their width, everything else at its dtype's."""
-    return sum(t.numel() * fmt.widths.get(name, t.element_size() * 8) for name, t in payload.items())
+    """Bits that a payload takes when packed: narrow codes at their width, everything else at its dtype's.
+
+    Powers of two that other rows take over take none.
+    """
+    return sum(t.numel() * fmt.widths.get(name, t.element_size() * 8) for name, t in payload.items() if name != POWER)

@@ -11,6 +11,7 @@ from torch import nn
 
 from methods.model.attention import check_alike, check_outputs, heads
 from methods.model.experts import UnfusedExperts, UnsupportedModel
+from methods.model.feeds import agreeing, with_feeds
 from methods.model.structure import LayerSpec, Site, Structure
 from methods.model.trace import Trace, folds, probe_tokens, trace
 from methods.model.weights import bias_of, is_linear, is_transposed, norm_view, weight_of
@@ -62,7 +63,7 @@ def describe(model: Any, dtype: str = "bf16") -> Structure:
     _check_sequence(blocks, seen)
     attention = heads(model, ids, seen.logits, len(blocks))
     layers = [layer for index, block in enumerate(blocks) for layer in _layers(model, index, block, seen)]
-    sites = _with_norms(model, _sites(layers, seen), seen)
+    sites = with_feeds(model, _with_norms(model, _sites(layers, seen), seen), ids, seen.logits, attention)
     head_weight, embedding_weight = (model.get_submodule(path).weight for path in (head, embedding))
     outputs = (layer.d_in for site in sites for layer in site.layers if layer.kind == "o")
     check_outputs(attention, type(model).__name__, outputs)
@@ -259,20 +260,8 @@ def _with_norms(model: Any, sites: tuple[Site, ...], seen: Trace) -> tuple[Site,
     if seen.logits.is_meta:  # nothing to test with: what looks like it folds is taken to
         return tuple(replace(s, norm=candidates[s.name][0]) if s.name in candidates else s for s in sites)
     order = sorted(candidates, key=lambda name: name.rpartition(".")[2])
-    agreed = set(_bisect(model, ids, seen, candidates, order))
-    return tuple(
-        Site(s.name, s.kind, s.block, s.layers, s.shares_input, candidates[s.name][0]) if s.name in agreed else s for s in sites
-    )
-
-
-def _bisect(model: Any, ids: Any, seen: Trace, candidates: Mapping[str, tuple[str, set[str]]], names: list[str]) -> list[str]:
-    """Those of the names whose norms fold: all at once where they do, else half by half."""
-    if not names or folds(model, ids, seen.logits, dict(candidates[name] for name in names)):
-        return names
-    if len(names) == 1:
-        return []
-    middle = len(names) // 2
-    return _bisect(model, ids, seen, candidates, names[:middle]) + _bisect(model, ids, seen, candidates, names[middle:])
+    agreed = set(agreeing(order, lambda names: folds(model, ids, seen.logits, dict(candidates[name] for name in names))))
+    return tuple(replace(s, norm=candidates[s.name][0]) if s.name in agreed else s for s in sites)
 
 
 def _is_affine(model: Any, norm: str) -> bool:

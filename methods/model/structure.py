@@ -24,12 +24,32 @@ class LayerSpec:
 
 
 @dataclass(frozen=True)
+class Feed:
+    """The rows of a linear that write a site's inputs, each input by one row and in proportion to it: up for down, v for o.
+
+    layer: module path of the linear. Input j is written by row `first + j // block // shared * stride + j % block`: blocks of inputs are
+    the heads of o, `shared` of which read one head of v, and the whole input of down.
+    """
+
+    layer: str
+    first: int
+    block: int
+    stride: int
+    shared: int = 1
+
+    def rows(self, d_in: int) -> list[int]:
+        """The row that writes each of `d_in` inputs."""
+        return [self.first + j // self.block // self.shared * self.stride + j % self.block for j in range(d_in)]
+
+
+@dataclass(frozen=True)
 class Site:
     """Linears that share one decision, because runtimes fuse them (q+k+v, gate+up) or because they are one layer's experts.
 
     name: `model.layers.0.self_attn.q_proj+k_proj+v_proj`, the parent's path and the leaves joined by `+`;
     shares_input: all layers read the same tensor, so one kernel call may compute them all;
-    norm: path of the norm whose output only these layers read, where a per-channel scale folds exactly; None otherwise.
+    norm: path of the norm whose output only these layers read, where a per-channel scale folds exactly; None otherwise;
+    feed: the rows that write the inputs, where a scale of the one divides out in the other; None otherwise.
     """
 
     name: str
@@ -38,6 +58,7 @@ class Site:
     layers: tuple[LayerSpec, ...]
     shares_input: bool = True
     norm: str | None = None
+    feed: Feed | None = None
 
     @property
     def d_in(self) -> int:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from methods.model.weights import is_norm_like
+from methods.model.structure import Feed
+from methods.model.weights import is_norm_like, weight_of
 
 Address = tuple[int, int]
 """A tensor by where it lies and how long it is, so that a reshaped view is the same tensor."""
@@ -109,30 +111,54 @@ def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | N
     return next((value for value in candidates if isinstance(value, Tensor)), None)
 
 
-def folds(model: nn.Module, ids: Tensor, expected: Tensor, norms: Mapping[str, Collection[str]]) -> bool:
+def folds(
+    model: nn.Module,
+    ids: Tensor,
+    expected: Tensor,
+    norms: Mapping[str, Collection[str]],
+    feeds: Mapping[str, Feed] = MappingProxyType({}),
+) -> bool:
     """Whether random gains on these norms' outputs cancel against the same divisors on the inputs of the linears listed.
 
-    Gains are powers of two, so that the logits are those of before up to rounding wherever nothing else reads the norm.
+    Likewise gains on the rows that feed linears, by these linears' names, biases included.
+    Gains are powers of two, so that the logits are those of before up to rounding wherever nothing else reads the norm or the rows.
     expected: the logits of ids without any of this.
     """
-    with _scaled(model, norms):
+    with _scaled(model, norms, feeds):
         found = logits_of(model, ids)
     return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max())
 
 
 @contextlib.contextmanager
-def _scaled(model: nn.Module, norms: Mapping[str, Collection[str]]) -> Iterator[None]:
+def _scaled(model: nn.Module, norms: Mapping[str, Collection[str]], feeds: Mapping[str, Feed]) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     handles: list[RemovableHandle] = []
+
+    def random_gains(n: int, like: Tensor) -> Tensor:
+        return torch.exp2(torch.randint(-2, 3, (n,), generator=generator).to(like))
+
+    def multiply(path: str, gain: Tensor) -> None:
+        handles.append(model.get_submodule(path).register_forward_hook(lambda _module, _args, out: out * gain))
+
+    def divide(path: str, gain: Tensor) -> None:
+        linear = model.get_submodule(path)
+        handles.append(linear.register_forward_pre_hook(lambda _module, args: (args[0] / gain, *args[1:])))
+
     try:
         for norm, linears in norms.items():
-            module = model.get_submodule(norm)
-            weight = next(module.parameters())
-            gain = torch.exp2(torch.randint(-2, 3, weight.shape, generator=generator).to(weight))
-            handles.append(module.register_forward_hook(lambda _module, _args, out, gain=gain: out * gain))
+            like = next(model.get_submodule(norm).parameters())
+            gain = random_gains(like.numel(), like)
+            multiply(norm, gain)
             for name in linears:
-                linear = model.get_submodule(name)
-                handles.append(linear.register_forward_pre_hook(lambda _module, args, gain=gain: (args[0] / gain, *args[1:])))
+                divide(name, gain)
+        for name, feed in feeds.items():
+            rows = feed.rows(weight_of(model.get_submodule(name)).shape[1])
+            weight = weight_of(model.get_submodule(feed.layer))
+            gain = random_gains(weight.shape[0], weight)
+            written = torch.ones_like(gain)
+            written[rows] = gain[rows]
+            multiply(feed.layer, written)
+            divide(name, gain[rows])
         yield
     finally:
         for handle in handles:

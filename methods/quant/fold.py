@@ -1,4 +1,7 @@
-"""Moves a per-channel scale, and an offset, from the inputs of a site into its layers, through the norm before it."""
+"""Moves a per-channel scale, and an offset, from the inputs of a site into its layers.
+
+Through the norm before it, or through the rows of the linear that write its inputs, which take powers of two.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.method import NormView
+from methods.formats.turns import POWER
+from methods.method import NormView, SiteView, Stats
+from methods.quant.task import Change, scaled
+
+LARGEST_POWER = 15
+"""Rows are multiplied by 2**15 at most, by which a weight of 1 stays a number of fp16."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a linear that write a site's inputs; row: (d_in,) int64, that of each; largest: (d_in,), of an input's magnitudes."""
+
+    row: Tensor
+    largest: Tensor
 
 
 @dataclass(frozen=True)
@@ -16,14 +32,78 @@ class Fold:
     """ratio: (d_in,), by what the site's inputs are divided and its columns multiplied; tensors: the norm's new parameters.
 
     shift: (d_in,), what is subtracted from the inputs before; None for nothing. In fp32, or in fp64 where the norm is.
+    power: (d_in,) int8, with ratio = 2**-power, where rows take it.
     """
 
     ratio: Tensor
     tensors: Mapping[str, Tensor]
     shift: Tensor | None = None
+    power: Tensor | None = None
 
 
-def fold(norm: NormView, scale: Tensor) -> Fold:
+@dataclass(frozen=True)
+class Powers:
+    """The turn of a layer whose inputs are multiplied by 2**power; power: (d_in,) int8."""
+
+    power: Tensor
+
+    @property
+    def _ratio(self) -> Tensor:
+        return torch.exp2(-self.power.float())
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """(d_out, d_in) -> (d_out, d_in), columns divided."""
+        return weight * self._ratio
+
+    def stats(self, stats: Stats) -> Stats:
+        """All of them."""
+        return scaled(stats, self._ratio)
+
+    def parts(self) -> Mapping[str, Tensor]:
+        """The powers."""
+        return {POWER: self.power}
+
+
+def into(view: SiteView, largest: Tensor) -> NormView | Rows:
+    """What takes a site's scale: its norm, or the rows that feed it; largest: (d_in,), its inputs' largest magnitudes.
+
+    Raises ValueError where it has neither.
+    """
+    feed = view.site.feed
+    if view.norm is not None or feed is None:
+        return view.fold_into
+    return Rows(torch.tensor(feed.rows(view.site.d_in)), largest)
+
+
+def change(view: SiteView, folded: Fold) -> Change:
+    """What a transform gives that folds a scale and no offset."""
+    if folded.power is None:
+        return Change(folded.ratio, folded.tensors)
+    return Change(turns=dict.fromkeys(view.weights, Powers(folded.power)) if bool(folded.power.any()) else {})
+
+
+def fold(taker: NormView | Rows, scale: Tensor) -> Fold:
+    """Divides the inputs of a site by `scale` (d_in,) > 0, as nearly as what takes it can."""
+    return fold_rows(taker, scale) if isinstance(taker, Rows) else fold_norm(taker, scale)
+
+
+def fold_rows(rows: Rows, scale: Tensor) -> Fold:
+    """The nearest powers of two, the same for all inputs that one row writes: the geometric mean of their scales.
+
+    Scales count relative to their largest, so that rows are multiplied and never divided: what fp16 and 8-bit exponents store at their
+    lower end stays exact. And no input becomes larger than the largest one, which low precision of what runs between might not bear.
+    """
+    n = int(rows.row.max()) + 1
+    count = torch.bincount(rows.row, minlength=n)
+    log = torch.zeros(n, dtype=torch.float64).index_add(0, rows.row, scale.double().log2()) / count.clamp(min=1)
+    peak = torch.zeros(n, dtype=torch.float64).scatter_reduce(0, rows.row, rows.largest.double(), "amax")[rows.row]
+    room = (peak.max() / peak).log2().floor().nan_to_num(0.0, posinf=LARGEST_POWER)
+    power = (log[rows.row].max() - log[rows.row]).round()
+    power = torch.minimum(power, room).clamp(0, LARGEST_POWER).to(torch.int8)
+    return Fold(torch.exp2(-power.float()), {}, power=power)
+
+
+def fold_norm(norm: NormView, scale: Tensor) -> Fold:
     """Divides the norm's output by `scale` (d_in,) > 0, as nearly as its stored dtype can.
 
     The new weight is rounded first and `ratio` is that of what is stored, so that columns times `ratio` undo it exactly. A channel

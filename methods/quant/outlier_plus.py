@@ -7,7 +7,7 @@ from torch import Tensor
 
 from methods.formats.format import Format
 from methods.method import SiteView
-from methods.quant.fold import Fold, fold, fold_shifted
+from methods.quant.fold import Fold, fold, fold_shifted, into
 from methods.quant.shift import centre, takes_shift
 from methods.quant.site_error import few, site_error
 
@@ -28,15 +28,14 @@ def outlier_plus(view: SiteView, span: Tensor, sample: Tensor, fmt: Format, step
     Outlier Suppression+ (Wei 2023). Deviation: the lowest threshold is a part of the maximum, not 1, so that the result does not depend
     on the unit of the inputs.
     """
-    norm = view.fold_into
     weight = torch.cat(list(view.weights.values()))
     shift = centre(span) if takes_shift(view) else None
     size = (span if shift is None else span - shift).abs().amax(0)
-    rows = few(sample)
+    taker, rows = into(view, size), few(sample)
     wanted = rows @ weight.T
 
     def folded(scale: Tensor) -> Fold:
-        return fold(norm, scale) if shift is None else fold_shifted(norm, scale, shift)
+        return fold(taker, scale) if shift is None else fold_shifted(view.fold_into, scale, shift)
 
     scales = [threshold_scale(size, float(size.max()) * (1 - step / steps)) for step in range(steps)]
     return min(scales, key=lambda scale: site_error(weight, folded(scale), rows, wanted, fmt)), shift

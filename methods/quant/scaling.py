@@ -9,7 +9,7 @@ from torch import Tensor
 from methods.formats.format import Format
 from methods.method import Need, SiteView, Stats
 from methods.quant.awq import awq
-from methods.quant.fold import fold, gain
+from methods.quant.fold import change, fold, gain, into
 from methods.quant.incoherence import Rotation
 from methods.quant.log_equalize import input_rule, log_equalize
 from methods.quant.outlier_plus import outlier_plus
@@ -21,26 +21,29 @@ from methods.quant.task import Change, Knobs, statistic
 
 def by_smooth(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Change:
     """SmoothQuant's scale; knob `alpha`."""
-    return _folded(view, smooth(view.weights, _of_inputs(view, stats, Need.ABS_MAX), float(knobs["alpha"])))
+    abs_max = _of_inputs(view, stats, Need.ABS_MAX)
+    return change(view, fold(into(view, abs_max), smooth(view.weights, abs_max, float(knobs["alpha"]))))
 
 
 def by_awq(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Change:
     """AWQ's scale; knob `duo`, false where there is none."""
     abs_mean, sample = (_of_inputs(view, stats, need) for need in (Need.ABS_MEAN, Need.SAMPLE))
-    return _folded(view, awq(view.weights, view.fold_into, abs_mean, sample, fmt, duo=bool(knobs.get("duo", False))))
+    taker = into(view, sample.abs().amax(0))
+    return change(view, fold(taker, awq(view.weights, taker, abs_mean, sample, fmt, duo=bool(knobs.get("duo", False)))))
 
 
 def by_log_equalize(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Change:
     """FPTQ's scale, where the largest input is above the knob `quiet` and below `loud`."""
     abs_max = _of_inputs(view, stats, Need.ABS_MAX)
     rule = input_rule(float(abs_max.max()), float(knobs["quiet"]), float(knobs["loud"]))
-    return _folded(view, log_equalize(abs_max)) if rule == "equalised" else Change()
+    return change(view, fold(into(view, abs_max), log_equalize(abs_max))) if rule == "equalised" else Change()
 
 
 def by_outlier_plus(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Change:
     """Outlier Suppression+'s shift and scale; knob `steps`."""
     span, sample = (_of_inputs(view, stats, need) for need in (Need.RANGE, Need.SAMPLE))
-    return move(view, *outlier_plus(view, span, sample, fmt, int(knobs["steps"])))
+    scale, shift = outlier_plus(view, span, sample, fmt, int(knobs["steps"]))
+    return move(view, scale, shift, into(view, span.abs().amax(0)))
 
 
 def by_gamma(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Change:
@@ -56,18 +59,13 @@ def by_pre_shift(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs:
     """
     limit = int(knobs["limit"])
     if view.norm is not None:
-        return _folded(view, pre_shift(_of_inputs(view, stats, Need.ABS_MAX), limit))
+        return change(view, fold(view.norm, pre_shift(_of_inputs(view, stats, Need.ABS_MAX), limit)))
     scales = {name: pre_shift(statistic(stats[name], name, Need.ABS_MAX), limit) for name in view.weights}
     turns = {name: Rotation({"turn.ratio": scale.bfloat16()}) for name, scale in scales.items() if bool((scale != 1).any())}
     return Change(turns=turns)
 
 
 def _of_inputs(view: SiteView, stats: Mapping[str, Stats], need: Need) -> Tensor:
-    """A statistic of the input that all layers behind a norm share."""
+    """A statistic of the input that all layers of a site share."""
     name = next(iter(view.weights))
     return statistic(stats[name], name, need)
-
-
-def _folded(view: SiteView, scale: Tensor) -> Change:
-    folded = fold(view.fold_into, scale)
-    return Change(folded.ratio, folded.tensors)

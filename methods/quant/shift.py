@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from methods.method import SiteView, Stats
-from methods.quant.fold import fold, fold_shifted
+from methods.method import NormView, SiteView, Stats
+from methods.quant.fold import Rows, change, fold, fold_shifted
 from methods.quant.task import Change
 
 
@@ -23,16 +23,15 @@ def takes_shift(view: SiteView) -> bool:
     return view.norm is not None and view.norm.bias is not None and set(view.biases) == set(view.weights)
 
 
-def move(view: SiteView, scale: Tensor, shift: Tensor | None = None) -> Change:
-    """The inputs become `(x - shift) / scale`, as nearly as the norm can store it; the layers' outputs stay exactly what they are.
+def move(view: SiteView, scale: Tensor, shift: Tensor | None = None, taker: NormView | Rows | None = None) -> Change:
+    """The inputs become `(x - shift) / scale`, as nearly as it can be stored; the layers' outputs stay exactly what they are.
 
     scale: (d_in,) > 0; shift: (d_in,), None for zero. Where the site takes no shift, it is left out and the scale alone is folded.
+    taker: what the scale folds into; None for the site's norm.
     """
-    norm = view.fold_into
     if not takes_shift(view):
-        folded = fold(norm, scale)
-        return Change(folded.ratio, folded.tensors)
-    folded = fold_shifted(norm, scale, torch.zeros_like(scale) if shift is None else shift)
+        return change(view, fold(taker or view.fold_into, scale))
+    folded = fold_shifted(view.fold_into, scale, torch.zeros_like(scale) if shift is None else shift)
     assert folded.shift is not None
     biases = {
         f"{name}.bias": (view.biases[name].double() + weight.double() @ folded.shift.double()).to(view.biases[name].dtype)

@@ -1,8 +1,9 @@
 """Combinations of published parts that carry no paper's name. Imports no torch."""
 
 from methods.method import Source
+from methods.recipes.awq import BY_ROWS
 from methods.recipes.gptq import FEEDBACK_KNOBS
-from methods.recipes.recipe import Recipe, grid_format, norm_site
+from methods.recipes.recipe import FOLD, Recipe, fold_site, grid_format
 from methods.recipes.rtn import CLIPPER, FITTER
 from methods.recipes.smoothquant import ALPHA
 
@@ -13,9 +14,9 @@ AWQ_GPTQ = Recipe(
     family="transform",
     transform="awq",
     formats=grid_format,
-    sites=norm_site,
+    sites=fold_site,
     rounder="feedback",
-    knobs={"fitter": CLIPPER, **FEEDBACK_KNOBS},
+    knobs={"fitter": CLIPPER, "fold": BY_ROWS, **FEEDBACK_KNOBS},
 )
 
 SMOOTH_GPTQ = Recipe(
@@ -27,7 +28,7 @@ SMOOTH_GPTQ = Recipe(
     family="transform",
     transform="smooth",
     formats=grid_format,
-    sites=norm_site,
+    sites=fold_site,
     rounder="feedback",
-    knobs={"alpha": ALPHA, "fitter": FITTER, **FEEDBACK_KNOBS},
+    knobs={"alpha": ALPHA, "fitter": FITTER, "fold": FOLD, **FEEDBACK_KNOBS},
 )

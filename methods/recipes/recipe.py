@@ -105,6 +105,23 @@ def norm_site(site: Site, knobs: Mapping[str, Knob]) -> str | None:
     )
 
 
+FOLD = KnobSpec("norms", options=("norms", "rows"))
+"""Where a site's scale may go: into the norm before it, or where it has none of its own also into the rows that feed it.
+
+Rows lower the loss where the scale is chosen by the outputs' error; a fixed rule takes more from the weights there than the inputs gain.
+"""
+
+
+def fold_site(site: Site, knobs: Mapping[str, Knob]) -> str | None:
+    """Those, and with the knob `fold` at `rows` sites that other rows feed."""
+    return None if knobs["fold"] == "rows" and site.feed else norm_site(site, knobs)
+
+
+def lifts(site: Site, knobs: Mapping[str, Knob]) -> bool:
+    """Whether a recipe with these knobs, defaults included, may leave its scale to the rows that feed the site."""
+    return knobs.get("fold") == "rows" and site.norm is None and site.feed is not None
+
+
 def grid_format(fmt: Format) -> str | None:
     """Formats with a grid, of whatever element."""
     return f"{fmt.name} has no grid to fit; use rtn to store a dense dtype" if fmt.dense else None

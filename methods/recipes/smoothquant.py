@@ -1,7 +1,7 @@
 """`smoothquant`: shares the range between inputs and weights. Imports no torch."""
 
 from methods.method import Source
-from methods.recipes.recipe import KnobSpec, Recipe, grid_format, norm_site
+from methods.recipes.recipe import FOLD, KnobSpec, Recipe, fold_site, grid_format
 from methods.recipes.rtn import FITTER
 
 ALPHA = KnobSpec(0.5, low=0.0, high=1.0)
@@ -18,6 +18,6 @@ SMOOTHQUANT = Recipe(
     family="transform",
     transform="smooth",
     formats=grid_format,
-    sites=norm_site,
-    knobs={"alpha": ALPHA, "fitter": FITTER},
+    sites=fold_site,
+    knobs={"alpha": ALPHA, "fitter": FITTER, "fold": FOLD},
 )

@@ -23,7 +23,7 @@ from methods.policy_file import PolicyFile
 from search.export import folder as output
 from search.export.experts import checkpoint_state
 from search.export.serving import transformers_entry
-from search.export.verification import EXACT, UNJUDGED, Verification, compare, policy_formats
+from search.export.verification import EXACT, UNJUDGED, Verification, compare, inputs_alone, policy_formats
 
 if TYPE_CHECKING:
     from methods.model.load import LoadedModel
@@ -85,4 +85,6 @@ def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
     """
     lost = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
     tolerance = UNJUDGED if any(loss["lost"] == "activations" for loss in lost) else EXACT
-    return compare(folder, reference, ids, list(policy_formats(folder, describe(reference))), tolerance)
+    with inputs_alone(reference):
+        structure = describe(reference)
+    return compare(folder, reference, ids, list(policy_formats(folder, structure)), tolerance)

@@ -16,6 +16,7 @@ from methods.checkpoint import check_edits, narrow, remaining_tensors
 from methods.formats.format import Format
 from methods.formats.numerics import DTYPES, Compressed
 from methods.formats.sides import plain
+from methods.lift import Lifted
 from methods.method import Edit
 from methods.model.experts import UnfusedExperts
 from methods.model.structure import Site, Structure
@@ -45,7 +46,8 @@ def check(
             reason = supports(compressed.format, structure.site(name))
             if reason is None and grid and not plain(compressed.payload):
                 parts = ", ".join(sorted(part for part in compressed.payload if "." in part))
-                reason = f"{parts} beside the grid cannot be expressed; export to the format 'dense' instead"
+                kept = edits.kept.get(name) if isinstance(edits, Lifted) else None
+                reason = f"{parts} beside the grid cannot be expressed{f' ({kept})' if kept else ''}; export to the format 'dense' instead"
             if reason:
                 raise ValueError(f"{layer} has {compressed.format.name}: {reason}")
 

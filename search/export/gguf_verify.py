@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,17 @@ from methods.model.quiet import quiet
 from methods.model.structure import Structure
 from search.export.gguf_layout import MODEL, family, names, row_order
 from search.export.llama_cpp import LlamaCpp, LlamaCppRefusal, installed
-from search.export.verification import EXACT, Tolerance, Verification, compare, nll, policy_formats, predictions, stock
+from search.export.verification import (
+    EXACT,
+    Tolerance,
+    Verification,
+    compare,
+    inputs_alone,
+    nll,
+    policy_formats,
+    predictions,
+    stock,
+)
 
 LLAMA = Tolerance(0.03, 0.01)
 """llama.cpp rounds inputs to 8 bits in blocks, keys and values to fp16, and sums in another order."""
@@ -38,7 +46,8 @@ def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
     inputs and is compared with the reference without that; llama.cpp, which does, with the reference as it is: the losses that are
     returned are of these tokens where it ran, else those of transformers.
     """
-    structure = describe(reference)
+    with inputs_alone(reference):
+        structure = describe(reference)
     problems = _file_problems(folder, reference, structure)
     # A file whose tensors do not fit is not handed to runtimes, which would read past them.
     if problems:
@@ -53,19 +62,6 @@ def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
         message = "; ".join(problems) or f"{check.message}; llama.cpp was not run, because xllamacpp is not installed"
         return replace(check, ok=not problems, message=message)
     return _with_llama_cpp(folder, reference, ids[0, : LLAMA_TOKENS + 1], probes, check, problems)
-
-
-@contextlib.contextmanager
-def inputs_alone(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, the model has its weights as they are but no forward pre-hook: nothing rounds the inputs of its linears."""
-    held = [(module, module._forward_pre_hooks) for module in model.modules()]
-    try:
-        for module, _ in held:
-            module._forward_pre_hooks = OrderedDict()
-        yield
-    finally:
-        for module, hooks in held:
-            module._forward_pre_hooks = hooks
 
 
 def _load(folder: Path) -> tuple[Any, Mapping[str, Any]]:

@@ -18,7 +18,7 @@ from methods.model.structure import Site
 from methods.policy_file import PolicyFile
 from search.export import folder as output
 from search.export.serving import with_cache
-from search.export.verification import Verification, not_loaded, policy_formats, read_config, storage_dtype
+from search.export.verification import Verification, inputs_alone, not_loaded, policy_formats, read_config, storage_dtype
 from search.generate import cache_format
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def verified(
 
     Weights and losses are nan: nothing is loaded.
     """
-    structure = describe(reference, storage_dtype(folder))
+    with inputs_alone(reference):
+        structure = describe(reference, storage_dtype(folder))
     expected, table = policy_formats(folder, structure), read(read_config(folder, name))
     wrong = sorted(layer for layer in {*expected, *table} if expected.get(layer) != table.get(layer))
     problem = ""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from methods import checkpoint, policy_file
 from methods.apply import Installer
+from methods.lift import Lifted
 from methods.model.load import MARKER
 from methods.model.positions import learned_positions
 from methods.model.tokenizer import n_embeddings
@@ -44,14 +45,15 @@ def export_checkpoint(folder: Path, name: str, out: Path) -> Verification:
     check_new_folder(out, "--out")
     stored, loaded = checkpoint.read(folder), checkpoint.load_dense(folder)
     file = policy_file.parse(stored.policy_text, loaded.structure)
+    edits = Lifted(stored.edits, loaded.structure, loaded.model)
 
     def verify(place: Path) -> Verification:
         with Installer(loaded.model, loaded.structure) as installer:
-            for site, edit in stored.edits.items():
+            for site, edit in edits.items():
                 installer.install(site, edit)
             return module.verify(place, loaded.model, sample_tokens(loaded))
 
-    return checked.export(out, lambda place: module.export(place, loaded, file, stored.edits), verify)
+    return checked.export(out, lambda place: module.export(place, loaded, file, edits), verify)
 
 
 def sample_tokens(loaded: LoadedModel) -> Tensor:

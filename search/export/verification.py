@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,6 +208,19 @@ def _largest_difference(expected: Mapping[str, Tensor], found: Mapping[str, Tens
         if diff > largest:
             largest, worst = diff, name
     return largest, worst
+
+
+@contextlib.contextmanager
+def inputs_alone(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, the model has its weights as they are but no forward pre-hook: nothing rounds the inputs of its linears."""
+    held = [(module, module._forward_pre_hooks) for module in model.modules()]
+    try:
+        for module, _ in held:
+            module._forward_pre_hooks = OrderedDict()
+        yield
+    finally:
+        for module, hooks in held:
+            module._forward_pre_hooks = hooks
 
 
 def policy_formats(folder: Path, structure: Structure) -> dict[str, Format]:

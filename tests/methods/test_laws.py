@@ -21,7 +21,7 @@ from methods.formats.packing import pack, packed_bytes
 from methods.method import Need, NormView, SiteView, Stage, Stats
 from methods.model.structure import LayerSpec, Site
 from methods.policy import DENSE, Decision
-from methods.recipes.recipe import Limit, norm_site
+from methods.recipes.recipe import Limit, fold_site, norm_site
 from tests.methods.quant.fake_block import block_of
 
 D_IN = 144
@@ -357,7 +357,7 @@ def test_limit_settings_are_the_simpler_method(name: str, limit: Limit) -> None:
         assert torch.equal(compressed.dense, simpler.linears[layer].dense)
 
 
-@pytest.mark.parametrize("name", [name for name, recipe in METHODS.items() if recipe.sites is norm_site])
+@pytest.mark.parametrize("name", [name for name, recipe in METHODS.items() if recipe.sites in (norm_site, fold_site)])
 def test_folding_transforms_refuse_sites_without_a_norm(name: str) -> None:
     site = Site("q+k+v", "q", 0, LAYERS)
     assert "follows no norm" in str(refuses(site, Decision.of(name, format=legal_format(name))))

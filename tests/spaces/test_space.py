@@ -8,7 +8,7 @@ import pytest
 from methods import catalogue
 from methods.formats.format import Format, parse_format
 from methods.method import Plan
-from methods.model.structure import LayerSpec, Site, Structure
+from methods.model.structure import Feed, LayerSpec, Site, Structure
 from methods.policy import DENSE, Decision
 from methods.recipes.recipe import norm_site
 from profilers.kernels.catalogue import supported
@@ -232,3 +232,22 @@ def test_default_formats_are_what_their_runtime_runs() -> None:
 def test_an_unknown_runtime_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"unknown runtime 'tensorrt-llm'; use one of isolatency, transformers, vllm"):
         runtime("tensorrt-llm")
+
+
+def test_scales_for_other_rows_are_no_choice_where_these_may_not_take_them() -> None:
+    """What feeds down is chosen apart from it, so that every choice there has to take the scale."""
+    up = _site("up", 192, d_out=160, kind="up")
+    down = replace(DOWN, feed=Feed("up.0", 0, 160, 160))
+    formats = ["w4a16-g32", "fp8-tensor"]
+    space = build(_structure(up, down), formats, ["rtn", "awq"], runtime("isolatency"), anything)
+    reason = "its scale goes to up, whose choice fp8-tensor cannot take it"
+    assert space.dropped["down"] == {"awq:format=w4a16-g32": reason, "awq:format=fp8-tensor": reason}
+    assert [choice.decision.method for choice in space.choices["down"]] == ["none", "rtn", "rtn"]
+
+    space = build(_structure(up, down), formats[:1], ["rtn", "awq", "awq:fold=norms"], runtime("isolatency"), anything)
+    assert [choice.decision.label for choice in space.choices["down"]] == [
+        "none",
+        "rtn:format=w4a16-g32",
+        "awq:format=w4a16-g32",
+    ]
+    assert "down follows no norm" in space.dropped["down"]["awq:fold=norms,format=w4a16-g32"]

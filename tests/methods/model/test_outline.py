@@ -1,5 +1,6 @@
 """The structure that a configuration tells is that of the loaded model, for every architecture, and nothing is read for it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,19 @@ from tests.tiny import ARCHITECTURES, save_tiny, tiny_config, tiny_model
 def test_the_outline_is_the_structure(arch: str) -> None:
     found, expected = outlined(tiny_config(arch), "bf16"), describe(tiny_model(arch))
     assert found is not None
+    feeds = [
+        [(site.name, site.feed and site.feed.layer) for site in structure.sites] for structure in (found.structure, expected)
+    ]
+    assert feeds[0] == feeds[1]  # how rows lie in a fused linear only values show
+    found, expected = (
+        replace(structure, sites=tuple(replace(site, feed=None) for site in structure.sites))
+        for structure in (found.structure, expected)
+    )
     norms = [site.norm for site in expected.sites]
     if arch == "opt-post-norm":  # its norms look as if they folded; only values show that they do not
-        assert [site.name for site in found.structure.sites] == [site.name for site in expected.sites] and not all(norms)
+        assert [site.name for site in found.sites] == [site.name for site in expected.sites] and not all(norms)
     else:
-        assert found.structure == expected
+        assert found == expected
 
 
 def test_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
