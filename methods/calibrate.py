@@ -318,10 +318,13 @@ class _Collector:
             self._first_drift.append(drift[:: self._length].clone())
 
     def _keep(self, x: Tensor) -> None:
-        """Every `stride`-th row of the whole stream, the stride doubling whenever they become too many."""
+        """The last of every `stride` rows of the whole stream, the stride doubling whenever they become too many.
+
+        The first of them would be first tokens, all that there are, wherever the stride divides a sequence.
+        """
         assert self._sample is not None
-        rows = x[-self._n_tokens % self._stride :: self._stride]
+        rows = x[(-1 - self._n_tokens) % self._stride :: self._stride]
         self._sample = torch.cat([self._sample, rows])
         while len(self._sample) > N_SAMPLE:
-            self._sample = self._sample[::2].clone()
+            self._sample = self._sample[1::2].clone()
             self._stride *= 2

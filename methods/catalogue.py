@@ -44,10 +44,10 @@ from methods.recipes.smoothquant import SMOOTHQUANT
 if TYPE_CHECKING:
     from methods.method import Stats
 
-REVISION = 2
+REVISION = 3
 """Counts what a decision's name has meant: edits of another revision are not those that `apply` gives today.
 
-2: what first tokens share counts more where keys and values are computed (knob `first`).
+2: what first tokens share counts more where keys and values are computed (knob `first`). 3: so it does for awq and output-clip.
 """
 
 METHODS: Mapping[str, Recipe] = {

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from methods.formats.format import Format
-from methods.formats.numerics import decode, quantize_activation
-from methods.method import Need
+from methods.formats.numerics import decode
+from methods.quant import first
 from methods.quant.grid import Grid, fit_in_chunks, grouped
 from methods.quant.minmax import minmax
 from methods.quant.nearest import nearest
@@ -17,19 +17,20 @@ from methods.quant.task import Task
 def by_clip(task: Task) -> Grid:
     """AWQ's clipping as a part of a recipe; knobs `least` and `steps`, 0.5 and 20 where there are none."""
     least, steps = float(task.knobs.get("least", 0.5)), int(task.knobs.get("steps", 20))
-    return output_clip(task.weight, task.statistic(Need.SAMPLE), task.fmt, least=least, steps=steps)
+    return output_clip(task.weight, first.hessian(task), task.fmt, least=least, steps=steps)
 
 
-def output_clip(weight: Tensor, sample: Tensor, fmt: Format, *, least: float = 0.5, steps: int = 20) -> Grid:
+def output_clip(weight: Tensor, hessian: Tensor, fmt: Format, *, least: float = 0.5, steps: int = 20) -> Grid:
     """For every group, the grid of `minmax` for its weights clipped at a part of its largest magnitude, of least output error.
 
-    weight: (d_out, d_in); sample: (n_sample, d_in) inputs, which are rounded as the format says. The parts go from 1 to `least` in
-    `steps` steps; an error is that of the group's own share of the output over the sample, so that groups do not depend on each other.
+    weight: (d_out, d_in); hessian: (d_in, d_in), the second moment of the inputs. The parts go from 1 to `least` in `steps` steps; an
+    error is the mean square of the group's own share of the output, so that groups do not depend on each other.
     Never worse than `minmax` in any group; steps = 0 is `minmax`. AWQ (Lin 2024), its search of clipping after scaling.
+    Deviation: errors are over all tokens instead of a sample, by their second moment, in which inputs are not rounded.
     """
-    n_groups = fmt.groups(weight.shape[1])
-    inputs = quantize_activation(sample.float(), fmt).view(len(sample), n_groups, -1).transpose(0, 1)
-    moments = inputs.transpose(1, 2) @ inputs / max(len(sample), 1)
+    n_groups, size = fmt.groups(weight.shape[1]), fmt.group_size(weight.shape[1])
+    blocks = hessian.view(n_groups, size, n_groups, size)
+    moments = torch.stack([blocks[group, :, group] for group in range(n_groups)])
     parts = [1 - (1 - least) * step / steps for step in range(1, steps + 1)]
     return fit_in_chunks(weight, lambda rows: _fit(rows, moments, fmt, parts))
 

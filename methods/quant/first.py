@@ -24,6 +24,14 @@ def drift(task: Task) -> Tensor:
     return _counted(task, task.statistic(Need.DRIFT), task.statistic(Need.FIRST_DRIFT), task.statistic(Need.FIRST))
 
 
+def sample(task: Task) -> Tensor:
+    """Sampled inputs (n, d_in), which hold few first tokens or none, and a row of what these share, as large as `times` says."""
+    rows, extra = task.statistic(Need.SAMPLE), times(task) - 1
+    if not extra or not len(first := task.statistic(Need.FIRST)):
+        return rows
+    return torch.cat([rows, (len(rows) * extra / _length(task)) ** 0.5 * first.mean(0, keepdim=True)])
+
+
 def times(task: Task) -> float:
     """How often the first token of a sequence counts at the site of a task; knob `first`: a number, or auto, the tokens of a sequence.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from methods.formats.format import Format
 from methods.method import Need, SiteView, Stats
+from methods.quant import first
 from methods.quant.awq import awq
 from methods.quant.fold import change, fold, gain, into
 from methods.quant.incoherence import Rotation
@@ -16,7 +17,7 @@ from methods.quant.outlier_plus import outlier_plus
 from methods.quant.pre_shift import pre_shift
 from methods.quant.shift import move
 from methods.quant.smooth import smooth
-from methods.quant.task import Change, Knobs, statistic
+from methods.quant.task import Change, Knobs, Task, statistic
 
 
 def by_smooth(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Change:
@@ -26,8 +27,9 @@ def by_smooth(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Kn
 
 
 def by_awq(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs) -> Change:
-    """AWQ's scale; knob `duo`, false where there is none."""
-    abs_mean, sample = (_of_inputs(view, stats, need) for need in (Need.ABS_MEAN, Need.SAMPLE))
+    """AWQ's scale; knobs `duo`, false where there is none, and `first`."""
+    name, weight = next(iter(view.weights.items()))
+    abs_mean, sample = _of_inputs(view, stats, Need.ABS_MEAN), first.sample(Task(name, view, weight, stats[name], fmt, knobs))
     taker = into(view, sample.abs().amax(0))
     return change(view, fold(taker, awq(view.weights, taker, abs_mean, sample, fmt, duo=bool(knobs.get("duo", False)))))
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from methods.method import Source
+from methods.recipes.gptq import FIRST
 from methods.recipes.recipe import FOLD, KnobSpec, Recipe, fold_site, grid_format
 from methods.recipes.rtn import CLIPPER
 
@@ -22,5 +23,5 @@ AWQ = Recipe(
     transform="awq",
     formats=grid_format,
     sites=fold_site,
-    knobs={"duo": KnobSpec(False, options=(False, True)), "fitter": CLIPPER, "fold": BY_ROWS},
+    knobs={"duo": KnobSpec(False, options=(False, True)), "fitter": CLIPPER, "fold": BY_ROWS, "first": FIRST},
 )

@@ -19,7 +19,7 @@ _COUNTED = frozenset({Need.HESSIAN, Need.FIRST})
 
 PART_NEEDS: Mapping[str, frozenset[Need]] = {
     "smooth": frozenset({Need.ABS_MAX}),
-    "awq": frozenset({Need.ABS_MEAN, Need.SAMPLE}),
+    "awq": frozenset({Need.ABS_MEAN, Need.SAMPLE, Need.FIRST}),
     "log-equalize": frozenset({Need.ABS_MAX}),
     "outlier-plus": frozenset({Need.RANGE, Need.SAMPLE}),
     "pre-shift": frozenset({Need.ABS_MAX}),
@@ -46,7 +46,7 @@ PART_NEEDS: Mapping[str, frozenset[Need]] = {
     "nearest+greedy": _COUNTED,
     "feedback+greedy": _COUNTED,
     "ldlq+greedy": _COUNTED,
-    "output-clip": frozenset({Need.SAMPLE}),
+    "output-clip": _COUNTED,
     "incoherence": frozenset({Need.HESSIAN}),
     "adaround": _COUNTED,
     "adaround-block": frozenset({Need.BLOCK}),

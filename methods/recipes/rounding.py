@@ -129,7 +129,7 @@ OUTPUT_CLIP = Recipe(
         "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", 2024, "arXiv 2306.00978", "clipping"
     ),
     fitter="output-clip",
-    knobs={"least": KnobSpec(0.5, low=0.1, high=1.0), "steps": KnobSpec(20, low=0, high=100, kind=int)},
+    knobs={"least": KnobSpec(0.5, low=0.1, high=1.0), "steps": KnobSpec(20, low=0, high=100, kind=int), "first": FIRST},
     formats=integer_format,
     limits=(Limit({"steps": 0}, "rtn"), Limit({"steps": 0}, "rtn", format="w4a16-g48-asym")),
 )

@@ -184,3 +184,15 @@ def test_first_tokens_gain_what_the_others_hardly_lose(name: str) -> None:
 
     assert error(counted, held[:, 0]) < 0.5 * error(plain, held[:, 0])
     assert error(counted, held[:, 1:]) < 1.3 * error(plain, held[:, 1:])
+
+
+def test_a_sample_gets_a_row_of_what_first_tokens_share_where_keys_are_made() -> None:
+    rows = statistics().sample
+    assert rows is not None
+    found = first.sample(task(first="auto"))
+    assert torch.equal(found[:-1], rows)
+    moment = found.T @ found / len(rows)
+    expected = rows.T @ rows / len(rows) + (LENGTH - 1) / LENGTH * torch.outer(X[:, 0].mean(0), X[:, 0].mean(0))
+    torch.testing.assert_close(moment, expected)
+    for other in (task("down", first="auto"), task(first=1), task()):
+        assert torch.equal(first.sample(other), rows)
