@@ -9,6 +9,7 @@ from methods.model.outline import outline
 from search.config import RunConfig
 from search.progress import Progress
 from search.session import Session
+from search.writable import check_exports
 from spaces.runtimes import default_formats, runtime
 from spaces.space import build
 
@@ -29,8 +30,9 @@ def foreseen(config: RunConfig, progress: Progress) -> Session | None:
 
 
 def refuse_early(config: RunConfig) -> None:
-    """Raises for a model, or a runtime for it, that needs no weight to be refused: before minutes of fetching and converting."""
+    """Raises for a model, or a runtime or export of it, that is refused without a weight: before minutes of fetching and converting."""
     session = foreseen(config, Progress(quiet=True))
     if session is not None:
         formats = config.formats or default_formats(config.runtime, [load.phase for load in config.workloads])
-        build(session.loaded.structure, formats, config.methods, runtime(config.runtime), lambda *_: None)
+        space = build(session.loaded.structure, formats, config.methods, runtime(config.runtime), lambda *_: None)
+        check_exports(config, session.loaded, space)

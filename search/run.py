@@ -36,6 +36,7 @@ from search.resolved import Resolved, describe_solution, solved
 from search.strategies.problem import Infeasible
 from search.strategies.solve import solve
 from search.words import shortened
+from search.writable import check_exports
 
 if TYPE_CHECKING:
     from search.explore import Ranked
@@ -94,7 +95,10 @@ def run_study(
         progress.say(describe_solution(prepared, first, config))
         if resolved:
             resolved(prepared, first)
-        return validate_study(session or _session(config, progress), prepared, first, objective)
+        if session is None:
+            session = _session(config, progress)
+            check_exports(config, session.loaded, session.space)  # others may be asked for than when it was prepared
+        return validate_study(session, prepared, first, objective)
 
 
 def settled(config: RunConfig, prepared: Prepared, progress: Progress) -> RunConfig:
@@ -166,6 +170,8 @@ def prepare_study(session: Session, steps: Steps, key: str) -> Prepared:
     _ = session.fit_notes
     check_bytes(asked, structure, session.space, session.dense_format.bits, cache_bytes(session))
     check_priced(session)
+    for note in check_exports(session.config, session.loaded, session.space):
+        session.progress.say(note)
     if has_store(session.config):
         open_store(session)
     steps.put("environment", key, environment(session.target))

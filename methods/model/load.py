@@ -79,6 +79,11 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     left_out: str = ""
 
+    @property
+    def shapes_alone(self) -> bool:
+        """Whether this is an outline, which has neither weights nor a tokenizer."""
+        return not self.digest
+
 
 def _silent(message: str) -> None:
     """The log that keeps nothing."""

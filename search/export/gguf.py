@@ -49,6 +49,18 @@ def supports(fmt: Format, site: Site) -> str | None:
     return refuses(fmt, site.d_in)
 
 
+def check_model(loaded: LoadedModel, formats: Mapping[str, Format]) -> None:
+    """Raises ValueError for an architecture that the file could not describe, or a tokenizer that it could not hold."""
+    family(loaded.structure, loaded.model.config)
+    output.check_no_experts(loaded.structure, "GGUF")
+    if loaded.shapes_alone:
+        return
+    if loaded.tokenizer is None:
+        raise ValueError("a GGUF holds the tokenizer, and this model has none; add tokenizer.json to its folder")
+    vocabulary(loaded.tokenizer, loaded.structure.n_vocab)
+    probes(loaded.tokenizer)
+
+
 def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[str, Edit]) -> None:
     """Writes `model.gguf` with `policy.yaml`, `serve.json`, `losses.json` and `tokens.json`, what the tokenizer makes of a few texts.
 
@@ -56,11 +68,10 @@ def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[s
     hold exactly, an architecture or a tokenizer that it could not describe, and FileExistsError where `folder` holds something.
     """
     structure, config = loaded.structure, loaded.model.config
-    kind = family(structure, config)
-    table = output.linears(structure, edits, "GGUF")
+    table = output.linears(edits)
+    check_model(loaded, output.formats_of(table))
     output.check(structure, file, edits, supports)
-    if loaded.tokenizer is None:
-        raise ValueError("a GGUF holds the tokenizer, and this model has none; add tokenizer.json to its folder")
+    kind = family(structure, config)
     words = vocabulary(loaded.tokenizer, structure.n_vocab)
     contents: dict[str, Any] = {"tokens.json": probes(loaded.tokenizer)}
     contents["serve.json"], lost = with_cache(_serve(structure), cache_format(file.policy, structure), structure.dtype)
