@@ -11,13 +11,13 @@ from typing import Any
 
 from methods.atomic import set_aside, write_text
 from methods.errors import InputError
+from methods.sealed import sealed, unsealed
 from methods.typed import Count, Positive, read
 from predictors.intervals import normal_interval
 from predictors.loss import PredictorReport
 from profilers.workload import Workload
 from search.config import ConfigError, RunConfig, read_toml
 from search.curves import latency_fits, latency_pairs, predicted_curve
-from search.files import sealed, unsealed
 from search.finalists import DENSE_NAME, POLICIES, Finalist, Met
 from search.frontier import Candidate, Fidelity, write_csv
 from search.limits import under

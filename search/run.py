@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from methods.atomic import remove_abandoned
 from methods.policy import Policy
+from methods.typed import Count
 from profilers.cores import check_threads
 from search.budget import Budget
 from search.config import ConfigError, RunConfig, device_folders
@@ -318,7 +319,7 @@ def anchor(session: Session, prepared: Prepared, table: Any, found: Resolved, ob
 def _begun(session: Session, store: Store, found: Resolved) -> int:
     """Evaluations that the study held when the search for this solution began, in whatever process that was."""
     key = content_key(study_key(session.config), found.budget_ms, found.solution.policy.key(), session.config.store)
-    return session.steps.made(f"search-{key}", key, lambda: len(store.records()))
+    return session.steps.made(f"search-{key}", key, lambda: len(store.records()), Count)
 
 
 def _search_evaluator(session: Session) -> Any:
@@ -388,7 +389,7 @@ def _with_tasks(
     def kept(item: Finalist) -> dict[str, dict[str, float]]:
         weights = session.loaded.digest, session.corpora["calibrate"].sha256, item.policy.key(), item.recompressed
         key = content_key(*weights, tasks.texts, limit)
-        return session.steps.made(f"tasks-{key}", key, lambda: scores(item))
+        return session.steps.made(f"tasks-{key}", key, lambda: scores(item), Mapping[str, Mapping[str, float]])
 
     try:
         tasks = find_tasks(session.config.tasks, session.config.trust_tasks)
