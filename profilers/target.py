@@ -106,10 +106,14 @@ def local_cpu(threads: int | None = None) -> Target:
         memory_bytes=memory_bytes(),
         capabilities=capabilities,
         fingerprint=digest_of(facts),
-        description=f"{model}, {cores} cores, {n_threads} thread{'s' if n_threads > 1 else ''}, torch {torch.__version__}",
+        description=f"{model}, {_counted(cores, 'core')}, {_counted(n_threads, 'thread')}, torch {torch.__version__}",
         cache_bytes=max((size for level, size in caches.items() if level != "L1"), default=32 << 20),
         facts=facts,
     )
+
+
+def _counted(n: int, name: str) -> str:
+    return f"{n} {name}{'' if n == 1 else 's'}"
 
 
 def local_cuda() -> Target | None:

@@ -84,7 +84,7 @@ def _planned(config: RunConfig, session: Session, decision: Decision | None, not
     }
     return {
         "model": f"{session.loaded.label}: {len(structure.blocks)} blocks, {structure.n_parameters} parameters{note}",
-        "target": f"{target.name}: {target.description}, {target.threads} thread(s)",
+        "target": f"{target.name}: {target.description}",
         "transform": "none" if decision is None else f"{decision.label}, which is not done in a dry run",
         "objective": f"{config.objectives.text}, {config.load.unit}, {', '.join(load.name for load in config.workloads)}",
         "space": space.describe(),
