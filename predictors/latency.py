@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from methods.typed import Finite, NonNegative, Positive, Share, WrongValue, read
+from methods.typed import Finite, NonNegative, Positive, Range, WrongValue, read
 from predictors.intervals import Interval, conformal_half_width
 
 Floats = NDArray[np.float64]
@@ -65,7 +65,7 @@ class LatencyModel:
     b1: Positive
     terms: tuple[tuple[str, Finite], ...]
     penalty: NonNegative
-    coverage: Share
+    coverage: Annotated[float, Range(0.01, 0.99)]
     runs: tuple[Run, ...]
     residuals: tuple[Finite, ...]
 

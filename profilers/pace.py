@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 
 from methods.atomic import write_text
+from methods.errors import InputError
+from methods.sealed import sealed, unsealed
+from methods.typed import Positive, Range, read
 from profilers.kernels.build import kernel_folder
 from profilers.target import Target
 from profilers.timer import quantile
@@ -144,22 +148,28 @@ class Pace:
                 OSError
             ):  # a cache that cannot be written costs the next process a second, not this one its run
                 kept = {"yardstick": YARDSTICK, "seconds": self.best_s, "usual": round(usual, 3)}
-                write_text(self._kept, json.dumps(kept) + "\n")
+                write_text(self._kept, sealed(kept) + "\n")
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the file holds."""
+
+    yardstick: str
+    seconds: Positive
+    usual: Annotated[float, Range(1)] = 1.0
 
 
 def kept_in(path: Path | None) -> tuple[float, float]:
     """Seconds that the yardstick took at best and what is usual over them, from the file that keeps it.
 
-    Infinite and 1 where it does not say, or of another yardstick.
+    Infinite and 1 where it does not say, was changed after it was written, or is of another yardstick.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
-        seconds = float(found["seconds"]) if found["yardstick"] == YARDSTICK else math.inf
-        usual = float(found.get("usual", 1.0))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        found = read(_Kept, unsealed(path.read_bytes(), path), path, strict=False) if path is not None else None
+    except (OSError, InputError):
         return math.inf, 1.0
-    known = seconds > 0 and 1 <= usual < math.inf
-    return (seconds, usual) if known else (math.inf, 1.0)
+    return (found.seconds, found.usual) if found is not None and found.yardstick == YARDSTICK else (math.inf, 1.0)
 
 
 @functools.cache

@@ -23,6 +23,7 @@ __all__ = ["Target", "TargetError", "differences", "digest_of", "local_cpu", "lo
 _CPU_FLAGS = (
     "avx2", "avx512f", "avx512bw", "avx_vnni", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "i8mm",
 )  # fmt: skip
+_BF16 = frozenset({"avx512_bf16", "amx_bf16"})
 _NO_MATTER = (
     *("OMP_NUM_THREADS", "MKL_NUM_THREADS"),
     *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"),
@@ -71,6 +72,11 @@ class Target:
         return torch.bfloat16 if self.compute_dtype == "bf16" else torch.float32
 
 
+def multiplies_bf16() -> bool:
+    """Whether oneDNN multiplies bf16 on this CPU: not below AVX512-BW, nor where `ONEDNN_MAX_CPU_ISA` holds it below that."""
+    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def local_cpu(threads: int | None = None) -> Target:
     """This machine's CPU. `threads` defaults to half of the physical cores: the rest of the machine keeps the other half."""
     model, flags = _cpu_model()
@@ -78,7 +84,7 @@ def local_cpu(threads: int | None = None) -> Target:
     if threads is not None:
         check_threads(threads)
     n_threads = threads or max(1, cores // 2)
-    capabilities = frozenset(flag for flag in _CPU_FLAGS if flag in flags)
+    capabilities = frozenset(flag for flag in _CPU_FLAGS if flag in flags) - (set() if multiplies_bf16() else _BF16)
     caches = dict(_caches())
     facts = {
         "model": model,
@@ -95,15 +101,19 @@ def local_cpu(threads: int | None = None) -> Target:
         name="cpu",
         arch=platform.machine(),
         present=True,
-        compute_dtype="bf16" if capabilities & {"avx512_bf16", "amx_bf16"} else "fp32",
+        compute_dtype="bf16" if capabilities & _BF16 else "fp32",
         threads=n_threads,
         memory_bytes=memory_bytes(),
         capabilities=capabilities,
         fingerprint=digest_of(facts),
-        description=f"{model}, {cores} cores, {n_threads} thread{'s' if n_threads > 1 else ''}, torch {torch.__version__}",
+        description=f"{model}, {_counted(cores, 'core')}, {_counted(n_threads, 'thread')}, torch {torch.__version__}",
         cache_bytes=max((size for level, size in caches.items() if level != "L1"), default=32 << 20),
         facts=facts,
     )
+
+
+def _counted(n: int, name: str) -> str:
+    return f"{n} {name}{'' if n == 1 else 's'}"
 
 
 def local_cuda() -> Target | None:

@@ -225,8 +225,9 @@ def _pace(path: Path) -> str:
 
 def _map(path: Path) -> str:
     from search.files import Steps
+    from search.maps import kept_fits
 
-    whole = Steps(path.parent).get(path.stem, path.stem) is not None
+    whole = kept_fits(Steps(path.parent), path.stem, path.stem) is not None
     return "" if whole else "it is damaged; it is measured again"
 
 

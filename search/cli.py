@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--dry-run",
         action="store_true",
-        help="show the space, time, memory and feasibility; compute, convert and measure nothing",
+        help="show the space, exports, time, memory and feasibility; compute, convert and measure nothing",
     )
     run.add_argument("--quiet", action="store_true", help="no progress on stderr")
     show = command("show", _show, "the measured policies of a study")

@@ -115,6 +115,14 @@ def export_formats(config: RunConfig) -> tuple[str, ...]:
     return config.export or ((own,) if own in EXPORTERS else ("dense",))
 
 
+def asked_for(config: RunConfig, name: str) -> bool:
+    """Whether an answer without this export is not what was asked for.
+
+    An engine that was named reads its own format and nothing else; for the project's own runtime the checkpoint does.
+    """
+    return bool(config.export) or runtime(config.runtime).export == name
+
+
 def _exported(session: Session, name: str, file: PolicyFile, edits: Mapping[str, Edit], folder: Path) -> Export:
     """An export in the study, or why there is none: an answer stands without it."""
     from methods.bank import DamagedEdit
@@ -122,8 +130,7 @@ def _exported(session: Session, name: str, file: PolicyFile, edits: Mapping[str,
 
     config = session.config
     place = folder.relative_to(config.folder).as_posix()
-    # An engine that was named reads its own format and nothing else; for the project's own runtime the checkpoint does.
-    asked = bool(config.export) or runtime(config.runtime).export == name
+    asked = asked_for(config, name)
     try:
         export_answer(session, name, file, edits, folder, heal=True)
     except DamagedEdit:

@@ -45,8 +45,9 @@ class Differenced:
     @property
     def words(self) -> str:
         """What was found, in a sentence."""
+        last = "the last block" if self.blocks == 1 else f"the last {self.blocks} blocks"
         return (
-            f"repeated-block differencing: compressing the last {self.blocks} blocks saves {self.saved_ms:.3g} ms "
+            f"repeated-block differencing: compressing {last} saves {self.saved_ms:.3g} ms "
             f"[{self.lo:.3g}, {self.hi:.3g}] by measurement, {self.predicted_ms:.3g} ms by the map"
         )
 

@@ -26,6 +26,7 @@ from search.reach import kernels_alone, reachable
 from search.report.content import mebibytes
 from search.session import Session
 from search.whole_model import MIXED_RUNS, assume_map
+from search.writable import check_exports, listed
 
 
 def dry_run(config: RunConfig, progress: Progress) -> dict[str, Any]:
@@ -63,8 +64,8 @@ def _known(config: RunConfig, target: Target) -> LatencyTable:
 
 
 def _planned(config: RunConfig, session: Session, decision: Decision | None, note: str) -> dict[str, Any]:
-    notes = (*session.stored.notes, *session.fit_notes)
     space = session.space
+    notes = (*session.stored.notes, *session.fit_notes, *check_exports(config, session.loaded, space))
     keys = table_keys(session)
     target = session.target
     table = _known(config, target) if target.present else session.elsewhere.table(keys)
@@ -83,10 +84,11 @@ def _planned(config: RunConfig, session: Session, decision: Decision | None, not
     }
     return {
         "model": f"{session.loaded.label}: {len(structure.blocks)} blocks, {structure.n_parameters} parameters{note}",
-        "target": f"{target.name}: {target.description}, {target.threads} thread(s)",
+        "target": f"{target.name}: {target.description}",
         "transform": "none" if decision is None else f"{decision.label}, which is not done in a dry run",
         "objective": f"{config.objectives.text}, {config.load.unit}, {', '.join(load.name for load in config.workloads)}",
         "space": space.describe(),
+        "exports": listed(session.loaded, space),
         "kernel cells to measure": f"{len(table.missing(keys))} of {len(keys)}"
         if target.present
         else "none, the target is not here",

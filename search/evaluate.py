@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from methods.method import Edit
 from methods.model.head import check_projection, final_hidden, project
 from methods.model.structure import Structure
 from methods.policy import DENSE, Decision, Policy
+from methods.typed import AtLeastOne
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,6 +55,15 @@ class Quality:
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood."""
         return math.exp(sum(self.nll_each) / len(self.nll_each))
+
+
+class KeptQuality(TypedDict):
+    """A `Quality` in a file."""
+
+    kl_each: list[float]
+    nll_each: list[float]
+    n_tokens: AtLeastOne
+    same_each: NotRequired[list[float]]
 
 
 def stderr(values: Sequence[float]) -> float:

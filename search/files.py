@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from methods.atomic import write_bytes, write_text
 from methods.errors import InputError
-from methods.typed import WrongValue, json_of, read
+from methods.sealed import sealed, unsealed
+from methods.typed import read
 from search.config import ConfigError
 
 if TYPE_CHECKING:
@@ -101,49 +102,30 @@ def mended(step: Callable[[], Value], say: Callable[[str], None]) -> Value:
             deleted |= found
 
 
-def sealed(data: Mapping[str, Any]) -> str:
-    """A JSON object as text that carries its own checksum under `sha256`."""
-    body = json.loads(json.dumps(data))
-    return json.dumps({**body, _SEAL: _digest(body)}, indent=1)
-
-
-def unsealed(text: str | bytes, file: Path | str, way_out: str = "") -> dict[str, Any]:
-    """The object of a text that `sealed` made, without its checksum; raises WrongValue, naming the file, where it is none or was changed.
-
-    Files of earlier versions carry no checksum.
-    """
-    data = dict(read(dict[str, Any], json_of(text, file, way_out), file, way_out))
-    stored = data.pop(_SEAL, None)
-    if stored not in (None, _digest(data)):
-        raise WrongValue(file, "", "was changed: its checksum does not fit", way_out)
-    return data
-
-
-_SEAL = "sha256"
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    """Of what JSON gives back, in its order: numbers, nan among them, are written as they are read."""
-    return hashlib.sha256(json.dumps(body).encode()).hexdigest()
-
-
 class Steps:
     """Results of finished steps, one JSON file each, found again by the content key of what they depend on."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def get(self, name: str, key: str) -> Any | None:
-        """The step's value if it was computed from the same inputs; a torn, changed or foreign file counts as absent."""
+    def get(self, name: str, key: str, kind: Any = Any) -> Any | None:
+        """The step's value if it was computed from the same inputs; a torn, changed or foreign file counts as absent.
+
+        kind: of the value, as `methods.typed` reads it; a value of another kind counts as absent too.
+        """
+        path = self.folder / f"{name}.json"
         try:
-            data = unsealed((self.folder / f"{name}.json").read_bytes(), self.folder / f"{name}.json")
+            data = unsealed(path.read_bytes(), path)
+            return read(kind, data.get("value"), path) if data.get("key") == key else None
         except (OSError, InputError):
             return None
-        return data.get("value") if data.get("key") == key else None
 
-    def made(self, name: str, key: str, compute: Callable[[], Value]) -> Value:
-        """The step's value, computed and kept where it was not; `compute` returns what JSON gives back as it was."""
-        value: Value | None = self.get(name, key)
+    def made(self, name: str, key: str, compute: Callable[[], Value], kind: Any = Any) -> Value:
+        """The step's value, computed and kept where it was not; `compute` returns what JSON gives back as it was.
+
+        kind: as for `get`.
+        """
+        value: Value | None = self.get(name, key, kind)
         if value is None:
             value = compute()
             self.put(name, key, value)

@@ -19,7 +19,7 @@ from profilers.label import Label
 from profilers.runtime import Runtime, dense_candidates
 from profilers.table import LatencyTable
 from profilers.workload import Workload
-from search.evaluate import Evaluator, NotFinite, Quality, paired
+from search.evaluate import Evaluator, KeptQuality, NotFinite, Quality, paired
 from search.explore import Ranked
 from search.files import content_key
 from search.folder import study_key
@@ -321,7 +321,7 @@ class Judge:
                     n = len(evaluator.tokens)
                     return asdict(Quality((math.inf,) * n, (math.inf,) * n, evaluator.tokens.numel()))
 
-        found = session.steps.made(f"{role}-{key}", key, compute)
+        found = session.steps.made(f"{role}-{key}", key, compute, KeptQuality)
         kl, nll = tuple(found["kl_each"]), tuple(found["nll_each"])
         return Quality(kl, nll, found["n_tokens"], tuple(found.get("same_each", ())))
 

@@ -252,4 +252,5 @@ def open_store(session: Session) -> Store:
     revision = f" (methods {catalogue.REVISION})"
     if config.store:
         return Store(config.store, config.study_name + revision, context)
-    return Store(config.folder / "study.db", config.study_name + revision, context, ending=revision)
+    name, mend = config.study_name + revision, session.progress.say
+    return Store(config.folder / "study.db", name, context, ending=revision, mend=mend)

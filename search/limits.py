@@ -179,12 +179,16 @@ def nothing_faster(sites: Sequence[SiteOptions]) -> str:
 
 
 def check_faster(objectives: Objectives, sites: Sequence[SiteOptions], target: str) -> None:
-    """Raises Unreachable where less than the dense model's time is asked for and the table left nothing but the dense option."""
-    if objectives.main.relative and objectives.main.value < 1 and all(len(site.options) == 1 for site in sites):
-        raise Unreachable(
-            f"{objectives.main.flag} cannot be met on {target}: {nothing_faster(sites)} in {objectives.main.workload.name}, at none of "
-            f"{len(sites)} sites. Ask for 1x, for other --formats, or for a larger batch or model."
-        )
+    """Raises Unreachable where the table left nothing but the dense option: whatever is asked for, there is nothing to search."""
+    if any(len(site.options) > 1 for site in sites):
+        return
+    main = objectives.main
+    met = not main.relative or main.value >= 1
+    what = "there is nothing to search" if met else f"{main.flag} cannot be met"
+    raise Unreachable(
+        f"{what} on {target}: {nothing_faster(sites)} in {main.workload.name}, at none of {len(sites)} sites. "
+        f"{'Use the dense model, or ask' if met else 'Ask'} for other --formats, or for a larger batch or model."
+    )
 
 
 def check_bytes(objectives: Objectives, structure: Structure, space: Space, dense_bits: int, kv_bytes: int) -> None:

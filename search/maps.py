@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from methods.typed import read
 from profilers.kernels.catalogue import kernels
 from profilers.pace import pace_of
 from profilers.table import LatencyTable
+from search.differencing import Differenced
 from search.files import Steps, content_key
-from search.prepared import SiteOptions
+from search.prepared import SiteOptions, read_map
 from search.session import Session
-from search.whole_model import Fit, whole_model
+from search.whole_model import Fit, KeptFit, whole_model
 
 FOLDER = "maps"
 """Of the cache: one file a model, device, workloads, formats and kernels."""
@@ -36,9 +38,9 @@ def kept_maps(
         return made()
     key = map_key(session, costs)
     shared = Steps(session.config.cache_folder / FOLDER)
-    found: list[Fit] | None = steps.get(_STEP, key) or steps.get(_STEP, earlier)
+    found = kept_fits(steps, _STEP, key) or kept_fits(steps, _STEP, earlier)
     if found is None:
-        found = shared.get(key, key)
+        found = kept_fits(shared, key, key)
         if found is not None:
             session.progress.say(
                 "whole-model latency map: that of an earlier study of the same model, device, workloads and formats"
@@ -49,6 +51,19 @@ def kept_maps(
         if all(fit["label"] == "measured" and fit["disturbance"] in ("", usual) for fit in found):
             shared.put(key, key, found)
     steps.put(_STEP, key, found)
+    return found
+
+
+def kept_fits(steps: Steps, name: str, key: str) -> list[Fit] | None:
+    """The maps of a file, None where it holds none, or none that can be read."""
+    found: list[Fit] | None = steps.get(name, key, list[KeptFit])
+    try:
+        for fit in found or ():
+            read_map(fit["map"])
+            if fit.get("blocks"):
+                read(Differenced, fit["blocks"], name)
+    except ValueError:
+        return None
     return found
 
 

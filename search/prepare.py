@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 from methods import catalogue
 from methods.apply import site_view
@@ -16,6 +16,7 @@ from methods.method import Edit, Stats
 from methods.model.structure import Site
 from methods.policy import DENSE, Decision
 from methods.statistics import format_errors
+from methods.typed import Finite
 from predictors.sensitivity import score
 from profilers.checks import problems
 from profilers.roofline import kv_bytes
@@ -37,6 +38,13 @@ PROBE_SEQUENCES = 8
 PROBE_LENGTH = 128
 SCORES = 2
 """Counts the formulas of `predictors.sensitivity`: scores of another one are computed again."""
+
+
+class Scores(TypedDict):
+    """Sensitivities in a file: nats per token and their standard errors, by site and decision."""
+
+    kl: Mapping[str, Mapping[str, Finite]]
+    stderr: Mapping[str, Mapping[str, float]]
 
 
 def prepare(session: Session, steps: Steps, key: str) -> Prepared:
@@ -193,7 +201,7 @@ def calibrate(session: Session, decisions: Decisions) -> None:
 
 def kept_scores(session: Session, steps: Steps, key: str, decisions: Decisions) -> dict[str, Any]:
     """Sensitivities of every choice; those that the study has under the key of model and texts are not computed again."""
-    known = steps.get("scores", key) or {"kl": {}, "stderr": {}}
+    known = steps.get("scores", key, Scores) or {"kl": {}, "stderr": {}}
     missing = {
         site: [decision for decision in own if decision.label not in known["kl"].get(site, {})]
         for site, own in decisions.items()

@@ -11,13 +11,13 @@ from typing import Any
 
 from methods.atomic import set_aside, write_text
 from methods.errors import InputError
+from methods.sealed import sealed, unsealed
 from methods.typed import Count, Positive, read
 from predictors.intervals import normal_interval
 from predictors.loss import PredictorReport
 from profilers.workload import Workload
 from search.config import ConfigError, RunConfig, read_toml
 from search.curves import latency_fits, latency_pairs, predicted_curve
-from search.files import sealed, unsealed
 from search.finalists import DENSE_NAME, POLICIES, Finalist, Met
 from search.frontier import Candidate, Fidelity, write_csv
 from search.limits import under
@@ -303,13 +303,15 @@ def report_data(folder: Path, answer: Answer, prepared: Prepared, config: RunCon
         )
     entries = measured_entries(folder, answer, config.stated_workloads)
     pace = answer.finalists[0].latency_ms / prepared.dense_ms[0]
+    # Of the answer: an absent target's is measured on a machine that the study was not prepared for.
+    device = str(answer.versions.get("device", prepared.target["description"]))
     threads = answer.versions.get("threads", prepared.target["threads"])
+    told = "" if "thread" in device else f", threads: {threads}"
     generated = any(use["generated"] for use in prepared.data.values())
     return ReportData(
         study=config.study_name,
         model=str(prepared.model["label"]),
-        # Of the answer: an absent target's is measured on a machine that the study was not prepared for.
-        target=f"{prepared.target['name']} ({answer.versions.get('device', prepared.target['description'])}), {threads} thread(s)",
+        target=f"{prepared.target['name']} ({device}){told}",
         objective=content.Objective(asked.main.text, answer.limit_ms, _unit(asked.main), asked.main.workload.name),
         verdict=answer.verdict,
         also=tuple(map(_met_words, answer.best.met[1:] if answer.best else ())),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from methods.atomic import remove_abandoned
 from methods.policy import Policy
+from methods.typed import Count
 from profilers.cores import check_threads
 from search.budget import Budget
 from search.config import ConfigError, RunConfig, device_folders
@@ -36,6 +37,7 @@ from search.resolved import Resolved, describe_solution, solved
 from search.strategies.problem import Infeasible
 from search.strategies.solve import solve
 from search.words import shortened
+from search.writable import check_exports
 
 if TYPE_CHECKING:
     from search.explore import Ranked
@@ -94,7 +96,10 @@ def run_study(
         progress.say(describe_solution(prepared, first, config))
         if resolved:
             resolved(prepared, first)
-        return validate_study(session or _session(config, progress), prepared, first, objective)
+        if session is None:
+            session = _session(config, progress)
+            check_exports(config, session.loaded, session.space)  # others may be asked for than when it was prepared
+        return validate_study(session, prepared, first, objective)
 
 
 def settled(config: RunConfig, prepared: Prepared, progress: Progress) -> RunConfig:
@@ -166,6 +171,8 @@ def prepare_study(session: Session, steps: Steps, key: str) -> Prepared:
     _ = session.fit_notes
     check_bytes(asked, structure, session.space, session.dense_format.bits, cache_bytes(session))
     check_priced(session)
+    for note in check_exports(session.config, session.loaded, session.space):
+        session.progress.say(note)
     if has_store(session.config):
         open_store(session)
     steps.put("environment", key, environment(session.target))
@@ -312,7 +319,7 @@ def anchor(session: Session, prepared: Prepared, table: Any, found: Resolved, ob
 def _begun(session: Session, store: Store, found: Resolved) -> int:
     """Evaluations that the study held when the search for this solution began, in whatever process that was."""
     key = content_key(study_key(session.config), found.budget_ms, found.solution.policy.key(), session.config.store)
-    return session.steps.made(f"search-{key}", key, lambda: len(store.records()))
+    return session.steps.made(f"search-{key}", key, lambda: len(store.records()), Count)
 
 
 def _search_evaluator(session: Session) -> Any:
@@ -382,7 +389,7 @@ def _with_tasks(
     def kept(item: Finalist) -> dict[str, dict[str, float]]:
         weights = session.loaded.digest, session.corpora["calibrate"].sha256, item.policy.key(), item.recompressed
         key = content_key(*weights, tasks.texts, limit)
-        return session.steps.made(f"tasks-{key}", key, lambda: scores(item))
+        return session.steps.made(f"tasks-{key}", key, lambda: scores(item), Mapping[str, Mapping[str, float]])
 
     try:
         tasks = find_tasks(session.config.tasks, session.config.trust_tasks)

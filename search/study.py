@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from methods.atomic import staging_folder
+from methods.atomic import set_aside, staging_folder
 from methods.errors import InputError
 from methods.policy import Policy
 from methods.typed import Count, Finite, WrongValue, read
@@ -92,13 +92,24 @@ class Store:
     Raises `ForeignStudy` where the study was made with another context, ValueError where the file is no study at all.
     """
 
-    def __init__(self, where: Path | str, name: str, context: Context, *, ending: str | None = None) -> None:
-        """ending: of the names of this study alone: what is there under such a name is this one before it was renamed."""
+    def __init__(
+        self,
+        where: Path | str,
+        name: str,
+        context: Context,
+        *,
+        ending: str | None = None,
+        mend: Callable[[str], None] | None = None,
+    ) -> None:
+        """ending: of the names of this study alone: what is there under such a name is this one before it was renamed.
+
+        mend: told of a file whose pages are damaged, which is then moved aside and begun anew; where it is None, that is a ValueError.
+        """
         url, path = _url(where)
         self._url = url
         with _locked(path.with_name(path.name + ".lock")) if path else _making(url):
             if path:
-                _make(url, path)
+                _make(url, path, mend)
             self._study = _open(url, name, ending)
             self._check(name, str(where), dict(context))
         self.name = name
@@ -197,14 +208,25 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _make(url: str, path: Path) -> None:
+def _make(url: str, path: Path, mend: Callable[[str], None] | None) -> None:
     """A SQLite database with its tables, whole or not at all: one without some of them could not be opened again."""
     import optuna
     from sqlalchemy import text
 
     if path.exists() and (path.is_dir() or path.stat().st_size):
-        _check_ours(path)
-        return
+        problem = "" if path.is_dir() else damage(path)
+        if not problem:
+            _check_ours(path)
+            return
+        if mend is None:
+            raise ValueError(
+                f"{path} cannot be opened as a study: it is damaged ({problem}); restore it, or choose another --store"
+            )
+        # With what was not yet written back into it, so that it can still be looked at.
+        for beside in (path.with_name(path.name + end) for end in ("-wal", "-shm")):
+            if beside.exists():
+                set_aside(beside)
+        mend(f"{path} is damaged ({problem}): it is moved to {set_aside(path).name}, and evaluations are made again")
     with _explained(url), staging_folder(path) as staging:
         storage = optuna.storages.RDBStorage(_sqlite(staging / path.name), engine_kwargs=_options(url))
         with storage.engine.connect() as connection:
@@ -212,6 +234,20 @@ def _make(url: str, path: Path) -> None:
         storage.remove_session()
         storage.engine.dispose()
         (staging / path.name).replace(path)
+
+
+def damage(path: Path) -> str:
+    """What is wrong with the pages of a SQLite file, "" where nothing is; what it holds is read with its types, not here."""
+    import sqlite3
+
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, timeout=_TIMEOUT_S)) as database:
+            (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    except sqlite3.OperationalError:
+        return ""  # locked, or not to be read: whoever opens it says so
+    except sqlite3.DatabaseError as error:
+        return str(error)
+    return "" if found == "ok" else str(found).splitlines()[-1]
 
 
 def _check_ours(path: Path) -> None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from torch import nn
 
 from methods.formats.format import parse_format
 from methods.policy import DENSE, Decision, Policy
+from methods.typed import Finite, Positive
 from predictors import absent
 from predictors.assumed import AssumedMap
 from predictors.latency import LatencyModel, Run, fit_latency, unit_slope
 from profilers import end_to_end, roofline
 from profilers.cells import site_cells
 from profilers.datasheets import DATASHEETS
-from profilers.label import weakest
+from profilers.label import Label, weakest
 from profilers.pace import pace_of
 from profilers.runtime import Runtime, dense_candidates
 from profilers.table import LatencyTable
@@ -53,8 +54,24 @@ LONG_S = 120.0
 """Seconds of whole-model runs that are announced."""
 
 Fit = dict[str, Any]
-"""A whole-model map as it is kept: `map`, `scales` of kernels, `dense_ms` with its interval, `dense_name`, `tail`, `label`, as
-`disturbance` what its runs say of the machine, and as `blocks` the map's check by `search.differencing`."""
+"""A whole-model map as it is kept, what `KeptFit` says."""
+
+
+class KeptFit(TypedDict):
+    """A whole-model map in a file.
+
+    map: as `predictors` writes it; scales: of kernels; dense_ms: of the dense model, with its interval; tail: its 95th percentile over its
+    median, nan where nothing was run; disturbance: what its runs say of the machine; blocks: the map's check by `search.differencing`.
+    """
+
+    map: Mapping[str, Any]
+    scales: Mapping[str, Positive]
+    dense_ms: tuple[Positive, Positive, Positive]
+    dense_name: str
+    tail: float
+    disturbance: str
+    label: Label
+    blocks: NotRequired[Mapping[str, Finite] | None]
 
 
 def whole_model(session: Session, table: LatencyTable, sites: Sequence[SiteOptions], workload: Workload) -> Fit:

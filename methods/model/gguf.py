@@ -29,7 +29,7 @@ from methods.model.save import save
 from methods.model.structure import Structure
 from methods.model.weights import digest_of, not_finite
 
-__all__ = ["ORIGIN", "RECIPE", "UnreadableGGUF", "convert", "label"]
+__all__ = ["ORIGIN", "RECIPE", "UnreadableGGUF", "as_stored", "convert", "label"]
 
 RECIPE = "v2"
 """Changes whenever the conversion does, so that no old cache is mistaken for a new one."""
@@ -107,6 +107,16 @@ def _parsed_once() -> Iterator[None]:
     finally:
         for name, own in once.items():
             setattr(gguf, name, own)
+
+
+def as_stored(path: Path) -> Any:
+    """The model that a GGUF describes, fp32, with the weights that its tensors decode to: for comparison, where `convert` is for a search.
+
+    Raises UnreadableGGUF as `convert` does.
+    """
+    with quiet(), _parsed_once():
+        header = read_header(path)
+        return _read(header, read_description(header)).model
 
 
 def gguf_configuration(path: Path) -> tuple[Any, str]:

@@ -103,12 +103,20 @@ def _scaling(keys: Keys) -> tuple[str | None, float]:
 
 
 def _yarn(keys: Keys, plain: Rope, factor: float, original: int, scale: float) -> Rope:
-    """YaRN (2023), sections 3.2 and 3.4: high frequencies stay, low ones are divided, with a linear ramp between; cosines grow."""
     fast = float(keys.number("rope.scaling.yarn_beta_fast", 32.0, 1e-3))
     slow = float(keys.number("rope.scaling.yarn_beta_slow", 1.0, 1e-3))
     for key, neutral in (("yarn_ext_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_log_multiplier", 0.0)):
         if keys.take(f"rope.scaling.{key}", neutral) != neutral:
             raise keys.refusal(f"rope.scaling.{key}", f"is not computed here, only {neutral} is")
+    return yarn_rope(plain, factor, original, fast, slow, scale)
+
+
+def yarn_rope(plain: Rope, factor: float, original: int, fast: float, slow: float, scale: float) -> Rope:
+    """YaRN (2023), sections 3.2 and 3.4: high frequencies stay, low ones are divided, with a linear ramp between; cosines grow.
+
+    plain: the embedding that is scaled, for texts of `original` tokens; fast, slow: rotations in such a text between which the ramp lies;
+    scale: what cosines and sines are multiplied by beside YaRN's own 1 + 0.1 ln(factor).
+    """
     d = plain.rotated
 
     def channel(rotations: float) -> float:

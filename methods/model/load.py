@@ -12,19 +12,19 @@ from typing import Any, NotRequired, TypedDict
 
 import torch
 
-from methods.errors import InputError
+from methods.model import hub
 from methods.model.attention import check_alike
 from methods.model.config_file import Settings, read_settings
 from methods.model.describe import describe
 from methods.model.experts import UnsupportedModel, unfuse_experts
 from methods.model.gguf import ORIGIN, convert, gguf_configuration
 from methods.model.left_out import left_out, nothing_hidden
-from methods.model.multimodal import language_model, what, whole_class
+from methods.model.multimodal import language_model, text_configuration, what, whole_class
 from methods.model.quiet import quiet
 from methods.model.settings import settle_
 from methods.model.structure import Structure
-from methods.model.tokenizer import TOKENIZER_FILES, beyond_embedding, read_tokenizer
-from methods.model.weight_files import LoadError, headers, listed, stored_dtype, weight_files
+from methods.model.tokenizer import beyond_embedding, read_tokenizer
+from methods.model.weight_files import LoadError, headers, stored_dtype, weight_files
 from methods.model.weights import digest_of, not_finite
 from methods.typed import read_json
 
@@ -46,7 +46,6 @@ MARKER = "isolatency.json"
 """The file that marks a folder as one of this project's compressed checkpoints."""
 
 ADAPTER = "adapter_config.json"
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 
 
 class Origin(TypedDict):
@@ -79,6 +78,11 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     left_out: str = ""
 
+    @property
+    def shapes_alone(self) -> bool:
+        """Whether this is an outline, which has neither weights nor a tokenizer."""
+        return not self.digest
+
 
 def _silent(message: str) -> None:
     """The log that keeps nothing."""
@@ -105,13 +109,14 @@ def load(spec: str | None, cache: Path, *, log: Callable[[str], None] = _silent)
         raise LoadError(f"{spec}: a model is a folder with config.json and safetensors, or a .gguf file; give that instead")
     if spec.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
         raise LoadError(f"{spec}: no such folder or file; give a model folder, a .gguf file, package:NAME or a hub id")
-    return _from_folder(_from_hub(spec, log), spec, spec, ())
+    return _from_folder(hub.fetch(spec, log, lambda folder: _refuse_early(folder, spec)), spec, spec, ())
 
 
-def configuration(spec: str | None, cache: Path) -> tuple[Any, str] | None:
+def configuration(spec: str | None, cache: Path, *, fetch: bool = False) -> tuple[Any, str] | None:
     """Configuration and weight dtype of what `load` would load, from a few kB: no weight is read, fetched or converted.
 
-    None where that cannot be told so early. Raises as `load` does for what it would refuse by these alone.
+    fetch: whether the hub is asked for a configuration that is not cached. None where it cannot be told so early. Raises as `load` does
+    for what it would refuse by these alone.
     """
     spec = f"package:{DEFAULT_PACKAGE}" if spec in (None, "default") else str(spec)
     path = in_package(spec.removeprefix("package:")) if spec.startswith("package:") else Path(spec).expanduser()
@@ -122,22 +127,43 @@ def configuration(spec: str | None, cache: Path) -> tuple[Any, str] | None:
         return None if config is None else (config, stored_dtype(path, headers(weight_files(path, _checked_config(path)))))
     if path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec):
         return None  # `load` says what is wrong
-    kept = _cached(spec)
-    config = None if kept is None else _early_config(kept)
+    kept = hub.configured(spec) if fetch else hub.cached(spec)
+    config = None if kept is None else _early_config(kept, spec)
     stored = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
     return None if config is None else (config, stored.get(str(getattr(config, "dtype", None)), "bf16"))
 
 
-def _early_config(folder: Path) -> Any | None:
-    """The configuration of a text model; None where the text model lies inside of another, which takes its weights to find."""
+def _early_config(folder: Path, name: str = "") -> Any | None:
+    """The configuration of the text model, by config.json alone; raises as `load` does for what it would refuse by that.
+
+    name: what the model is called, where it is not its folder. None where a text model inside of another takes its weights to find.
+    """
     from transformers import AutoConfig
 
-    if whole_class(_checked_config(folder)) is not None:
+    shown = name or str(folder)
+    config = _checked_config(folder, shown)
+    with _understood(shown):
+        whole: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    check_alike(whole.get_text_config(decoder=True), shown)
+    kind = whole_class(config)
+    if kind is None:
+        return whole
+    try:
+        with _telling(shown, config), quiet():
+            return text_configuration(kind, whole)
+    except LoadError:
+        raise
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AttributeError, KeyError):
         return None
-    with _understood(folder):
-        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-    check_alike(config.get_text_config(decoder=True), str(folder))
-    return config
+
+
+def _refuse_early(folder: Path, name: str) -> None:
+    """Raises what `load` would raise of a model on the hub for its configuration or its layers; folder: holds its config.json."""
+    from methods.model.outline import outlined
+
+    config = _early_config(folder, name)
+    if config is not None:
+        outlined(config, "bf16")
 
 
 def in_package(name: str) -> Path:
@@ -161,57 +187,6 @@ def _from_gguf(path: Path, source: str, cache: Path, log: Callable[[str], None])
     if origin.get("digest", loaded.digest) != loaded.digest:  # conversions of earlier versions name none
         raise LoadError(f"{folder}: its weights are not those that were converted; remove the folder, and it is made again")
     return loaded
-
-
-def _from_hub(name: str, log: Callable[[str], None]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    log(f"fetching {name} from the hub, unless it is cached")
-    try:
-        with quiet():
-            return Path(snapshot_download(name, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"]))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        folder = _cached(name)
-        missing = "" if folder is None else missing_files(folder)
-        if folder is not None and not missing:
-            log(f"the hub does not give {name} ({type(error).__name__}): taken from its cache, {folder}")
-            return folder
-        if missing:
-            raise LoadError(
-                f"{name}: the hub does not give it ({type(error).__name__}), and its cache {folder} lacks {missing}; "
-                "fetch it where there is a network"
-            ) from error
-        raise LoadError(
-            f"{name}: no local folder of that name, and the hub does not give it ({type(error).__name__}); "
-            "check the name and the network, or give a folder, a .gguf file or package:NAME"
-        ) from error
-
-
-def _cached(name: str) -> Path | None:
-    """The snapshot that the hub's cache has of a model's main revision, complete or not, whoever put it there."""
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        config = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no name of a repository
-        return None
-    return Path(config).parent if isinstance(config, str) else None
-
-
-def missing_files(folder: Path) -> str:
-    """What a snapshot lacks to be a model, "" where it lacks nothing: other tools fetch other files, and some list more than they fetch."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        shards = set(listed(index)) if index.is_file() else set()
-    except InputError:
-        return index.name
-    found = {path.name for path in folder.iterdir() if path.is_file()}
-    if lacking := sorted(map(str, shards - found)):
-        return f"{lacking[0]} ({len(lacking)} of {len(shards)} files of weights)"
-    if not any(name.endswith(".safetensors") for name in found):
-        return "weights as safetensors"
-    return "" if found & set(TOKENIZER_FILES) else "a tokenizer"
 
 
 def _from_folder(folder: Path, source: str, label: str, notes: tuple[str, ...]) -> LoadedModel:
@@ -241,34 +216,38 @@ def _from_folder(folder: Path, source: str, label: str, notes: tuple[str, ...]) 
     return LoadedModel(model, tokenizer, describe(model, dtype), source, label, digest_of(model, dtype), notes, rest)
 
 
-def _checked_config(folder: Path) -> Settings:
-    """The folder's config.json; raises where it is not of a plain checkpoint with a causal language model that transformers knows."""
+def _checked_config(folder: Path, name: str = "") -> Settings:
+    """The folder's config.json; raises where it is not of a plain checkpoint with a causal language model that transformers knows.
+
+    name: what the model is called, where it is not its folder.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    shown = name or str(folder)
     if (folder / MARKER).exists():
         raise CompressedCheckpoint(f"{folder}: a compressed checkpoint; run it with `search generate {folder}`")
     path = folder / "config.json"
     if not path.is_file():
-        raise LoadError(f"{folder}: no config.json; a model folder holds config.json, *.safetensors and a tokenizer's files")
+        raise LoadError(f"{shown}: no config.json; a model folder holds config.json, *.safetensors and a tokenizer's files")
     config = read_settings(path)
     if "auto_map" in config:
         raise LoadError(
-            f"{folder}: the model brings its own code (auto_map), which is not run; use one that transformers contains"
+            f"{shown}: the model brings its own code (auto_map), which is not run; use one that transformers contains"
         )
     if "quantization_config" in config:
-        raise LoadError(f"{folder}: already quantized (quantization_config); give the unquantized checkpoint")
+        raise LoadError(f"{shown}: already quantized (quantization_config); give the unquantized checkpoint")
     kind, classes = str(config.get("model_type")), config.get("architectures") or []
     causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     if whole_class(config) is None and (
         causal is None or (classes and not set(classes) & ({causal} if isinstance(causal, str) else set(causal)))
     ):
         raise LoadError(
-            f"{folder}: model_type={kind!r} with architectures={classes} is no causal language model that this transformers knows; "
+            f"{shown}: model_type={kind!r} with architectures={classes} is no causal language model that this transformers knows; "
             "use a decoder-only model, or upgrade transformers"
         )
     if (folder / ADAPTER).exists():
         raise LoadError(
-            f"{folder}: an adapter lies beside the weights ({ADAPTER}); merge it (merge_and_unload of peft), or move its files away"
+            f"{shown}: an adapter lies beside the weights ({ADAPTER}); merge it (merge_and_unload of peft), or move its files away"
         )
     return config
 
@@ -296,31 +275,38 @@ def _read(folder: Path, held: Collection[str], whole: str | None) -> tuple[Any, 
 
 
 @contextlib.contextmanager
-def _understood(folder: Path) -> Iterator[None]:
-    """What transformers raises of a folder, as a LoadError; it says nothing else meanwhile."""
+def _understood(name: Path | str) -> Iterator[None]:
+    """What transformers raises of a model, as a LoadError that names it; it says nothing else meanwhile."""
     try:
         with quiet():
             yield
     except Exception as error:  # of a wrong file, transformers and tokenizers raise whatever they stumble over
         raise LoadError(
-            f"{folder}: transformers cannot load it ({_line(error)}); check config.json and the tokenizer files"
+            f"{name}: transformers cannot load it ({_line(error)}); check config.json and the tokenizer files"
         ) from error
 
 
 def _language_model(folder: Path, config: Mapping[str, Any], whole: Any) -> tuple[Any, str]:
     """The language model inside a multimodal one, and what to tell of it."""
-    name = what(config)
     whole.eval()
-    try:
+    with _telling(str(folder), config):
         model = language_model(whole)
-    except UnsupportedModel as error:
-        raise LoadError(
-            f"{folder}: {name}; its language model alone can be compressed, but {error}; give a text-only checkpoint of it"
-        ) from error
     left = sum(p.numel() for p in whole.parameters()) - sum(p.numel() for p in model.parameters())
     return model, (
-        f"{name}: its language model alone, {type(model).__name__}, is compressed and exported; the {left:,} weights beside it are left out"
+        f"{what(config)}: its language model alone, {type(model).__name__}, is compressed and exported; the {left:,} weights beside it are "
+        "left out"
     )
+
+
+@contextlib.contextmanager
+def _telling(name: str, config: Mapping[str, Any]) -> Iterator[None]:
+    """A language model that cannot be taken out of a multimodal one, as a LoadError that says what the whole is."""
+    try:
+        yield
+    except UnsupportedModel as error:
+        raise LoadError(
+            f"{name}: {what(config)}; its language model alone can be compressed, but {error}; give a text-only checkpoint of it"
+        ) from error
 
 
 def _line(error: BaseException) -> str:

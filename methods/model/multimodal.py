@@ -69,6 +69,23 @@ def language_model(whole: Any) -> Any:
     return model
 
 
+def text_configuration(kind: str, config: Any) -> Any:
+    """The configuration of the text model inside a checkpoint of a transformers class and configuration, before a weight is read.
+
+    Raises UnsupportedModel as `language_model` does for what shapes tell.
+    """
+    import transformers
+
+    with torch.device("meta"):
+        whole = getattr(transformers, kind)(config)
+        whole.tie_weights()
+    if not isinstance(whole.get_output_embeddings(), nn.Module):
+        raise UnsupportedModel("it has no output projection to a vocabulary")
+    found = _text_config(whole)
+    _state(whole, _frame(found))
+    return found
+
+
 def _text_config(whole: Any) -> Any:
     """A configuration of the text model that a causal class of transformers takes."""
     from transformers import CONFIG_MAPPING

@@ -23,14 +23,14 @@ class Outline:
     model: Any
 
 
-def outline(spec: str | None, cache: Path) -> Outline | None:
+def outline(spec: str | None, cache: Path, *, fetch: bool = False) -> Outline | None:
     """The structure of what `methods.model.load.load` would load, found in seconds whatever its size.
 
     Which norms fold is not tested, as it takes values: those that look like it are taken to. None where the architecture's forward pass
     looks at values too, so that only its weights will tell. Raises what `load` raises for a model that it would refuse by its
-    configuration, its file's metadata or its layers.
+    configuration, its file's metadata or its layers. fetch: whether the hub is asked for a configuration that is not cached.
     """
-    found = configuration(spec, cache)
+    found = configuration(spec, cache, fetch=fetch)
     return None if found is None else outlined(*found)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from methods.formats.format import Format
 from profilers.kernels.kernel import Payload, Prepared, hash_of
-from profilers.target import Target
+from profilers.target import Target, multiplies_bf16
 
 
 class DenseLinear:
@@ -84,6 +84,8 @@ class Dense:
             return f"runs on cpu, not on {target.device}"
         if self.prepacked and not torch._C._has_mkldnn:
             return "this torch was built without oneDNN"
+        if self.prepacked and target.present and multiplied_in(fmt, target) == torch.bfloat16 and not multiplies_bf16():
+            return "oneDNN packs no bf16 on this CPU"
         return None
 
     def prepare(

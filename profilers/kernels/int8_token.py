@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 from typing import Self
 
@@ -54,6 +55,16 @@ class Int8TokenLinear:
         return type(self)(self.weight.clone(), self.scale.clone(), Layer.from_buffer_copy(self.layer), self.bias)
 
 
+@functools.cache
+def sums_exactly() -> bool:
+    """Whether `torch._int_mm` gives the integers that it should.
+
+    Below VNNI, and where `ONEDNN_MAX_CPU_ISA` says so, oneDNN adds products in pairs of 16 bits that saturate.
+    """
+    largest = torch.full((32, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(largest, largest.t()) == 64 * 127 * 127).all())
+
+
 @dataclass(frozen=True)
 class Int8Token:
     """`int8-mm`: fast for many rows where the CPU has int8 matrix instructions."""
@@ -71,6 +82,8 @@ class Int8Token:
             return "w8a8-token only"
         if not target.capabilities & {"avx512_vnni", "avx_vnni", "amx_int8", "i8mm"}:
             return "torch multiplies int8 with a plain loop on this CPU"
+        if target.present and not sums_exactly():
+            return "torch's sums of int8 products are not exact on this CPU"
         return refuses(fmt, k, "native")
 
     def prepare(

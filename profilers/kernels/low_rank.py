@@ -50,7 +50,7 @@ class LowRankLinear:
 
 @dataclass(frozen=True)
 class LowRank:
-    """`low-rank`: x @ down^T, rounded to the compute dtype, @ up^T, by `dense-prepacked` each on a CPU, by `dense` on CUDA."""
+    """`low-rank`: x @ down^T, rounded to the compute dtype, @ up^T, by `dense-prepacked` each where that runs, by `dense` elsewhere."""
 
     name: str = "low-rank"
 
@@ -61,7 +61,8 @@ class LowRank:
 
     def supports(self, fmt: Format, n: int, k: int, m: int, target: Target) -> str | None:
         """See `LinearKernel`."""
-        return _refuses_rank(fmt) or _dense(target).supports(replace(fmt, rank=0), n, k, m, target)
+        whole = replace(fmt, rank=0)
+        return _refuses_rank(fmt) or _dense(whole, target).supports(whole, n, k, m, target)
 
     def prepare(
         self,
@@ -78,8 +79,8 @@ class LowRank:
         down, up = _factors(fmt, payload)
         return LowRankLinear(
             fmt,
-            _dense(target).prepare(whole, {"weight": down}, target, m=m),
-            _dense(target).prepare(whole, {"weight": up}, target, bias, m=m),
+            _dense(whole, target).prepare(whole, {"weight": down}, target, m=m),
+            _dense(whole, target).prepare(whole, {"weight": up}, target, bias, m=m),
         )
 
 
@@ -198,8 +199,10 @@ def _factors(fmt: Format, payload: Payload) -> tuple[Tensor, Tensor]:
     return down, up
 
 
-def _dense(target: Target) -> Dense:
-    return Dense(prepacked=target.device == "cpu")
+def _dense(fmt: Format, target: Target) -> Dense:
+    """The packed kernel where it runs, whatever the shape."""
+    packed = Dense(prepacked=True)
+    return packed if packed.supports(fmt, 1, 1, 1, target) is None else Dense()
 
 
 _HASH = hash_of(*FILES, __file__, str(Path(__file__).with_name("dense.py")))

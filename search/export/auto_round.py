@@ -22,7 +22,7 @@ from methods.method import Edit
 from methods.model.structure import Site, Structure
 from methods.policy_file import PolicyFile
 from search.export import folder as output
-from search.export import gptq_tensors, loading
+from search.export import gptq_tensors
 from search.export.serving import transformers_entry, vllm_entries
 from search.export.verification import EXACT, Verification, compare, read_config, stock, storage_dtype
 
@@ -42,18 +42,21 @@ def supports(fmt: Format, site: Site) -> str | None:
     return gptq_tensors.refuses(fmt, site)
 
 
+def check_model(loaded: LoadedModel, formats: Mapping[str, Format]) -> None:
+    """Raises ValueError for a model that auto-round would not load, or not exactly, with these linears compressed."""
+    gptq_tensors.check_model(loaded, formats, "auto-round")
+
+
 def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[str, Edit]) -> None:
     """Writes the folder: codes and scales of the edits exactly, everything else in the checkpoint's dtype.
 
     `edits`, errors: as in `search.export.compressed_tensors.export`.
     """
     structure = loaded.structure
-    table = output.linears(structure, edits, "auto-round")
+    table = output.linears(edits)
     output.check(structure, file, edits, supports)
-    gptq_tensors.check_dtype(structure, "auto-round")
-    loading.check_plain(loaded.model, table, "auto-round")
-    loading.check_constants(loaded.model, table, "auto-round")
-    formats = {layer: compressed.format for layer, compressed in table.items()}
+    formats = output.formats_of(table)
+    check_model(loaded, formats)
     config = output.config_of(loaded, structure.dtype)
     digest = policy_file.expanded_digest(file.policy, structure)
     config["quantization_config"] = quantization_config(

@@ -70,6 +70,14 @@ def _shape(fmt: Format, site: Site) -> str | None:
     return None
 
 
+def check_model(loaded: LoadedModel, formats: Mapping[str, Format]) -> None:
+    """Raises ValueError for a model that transformers would not load, or experts that it would not read, in these formats."""
+    packed = [name for name, fmt in formats.items() if _layout(fmt) == PACKED]
+    loading.check_initialised(loaded.model, packed, "transformers")
+    if experts.one_format(loaded.structure, formats) is not None:
+        experts.parts(loaded.model)
+
+
 def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[str, Edit]) -> None:
     """Writes the folder: the codes and scales of the edits bit for bit, everything else in the checkpoint's dtype.
 
@@ -77,10 +85,10 @@ def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[s
     Raises ValueError, naming the layer, for what compressed-tensors cannot express, and FileExistsError where `folder` holds something.
     """
     structure = loaded.structure
-    table = output.linears(structure, edits, "compressed-tensors", experts=True)
+    table = output.linears(edits)
     output.check(structure, file, edits, supports)
-    loading.check_initialised(loaded.model, (name for name, c in table.items() if _layout(c.format) == PACKED), "transformers")
-    packed = experts.one_format(structure, table)
+    check_model(loaded, output.formats_of(table))
+    packed = experts.one_format(structure, output.formats_of(table))
     ignored, rest = output.uncompressed(loaded.model, table), output.rest(loaded, edits)
     patterns: dict[str, str] = {}
     if packed is None:

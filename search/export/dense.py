@@ -34,6 +34,10 @@ def supports(fmt: Format, site: Site) -> str | None:
     return None
 
 
+def check_model(loaded: LoadedModel, formats: Mapping[str, Format]) -> None:
+    """Raises nothing: what transformers loaded, it loads again."""
+
+
 def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[str, Edit]) -> None:
     """Writes the folder; `edits`, errors: as in `search.export.compressed_tensors.export`, but for every format."""
     structure = loaded.structure

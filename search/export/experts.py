@@ -98,20 +98,21 @@ def in_parts(model: Any, table: Mapping[str, Compressed]) -> tuple[dict[str, Com
     return result, patterns
 
 
-def one_format(structure: Structure, table: Mapping[str, Compressed]) -> Format | None:
-    """The format of all experts of a model, None where none is compressed; raises ValueError where they are not alike.
+def one_format(structure: Structure, formats: Mapping[str, Format]) -> Format | None:
+    """The format of all experts of a model, None where none is compressed; formats: of the compressed linears, by name.
 
-    transformers reads experts by one scheme, which it looks for by their names, and drops those that are stored dense beside it.
+    Raises ValueError where they are not alike: transformers reads experts by one scheme, which it looks for by their names, and drops
+    those that are stored dense beside it.
     """
     layers = [layer.name for site in structure.sites if site.kind.startswith("expert") for layer in site.layers]
-    formats = {table[name].format if name in table else None for name in layers}
-    if len(formats) > 1:
-        told = ", ".join(sorted("dense" if fmt is None else fmt.name for fmt in formats))
+    found = {formats.get(name) for name in layers}
+    if len(found) > 1:
+        told = ", ".join(sorted("dense" if fmt is None else fmt.name for fmt in found))
         raise ValueError(
             f"the experts have {told}, and transformers reads one format for all experts of a model; give all of them one, or export to "
             "the format 'dense'"
         )
-    return formats.pop() if formats else None
+    return found.pop() if found else None
 
 
 def damage(folder: Path, reference: Any, fmt: Format) -> str:

@@ -76,19 +76,25 @@ def config_of(loaded: LoadedModel, dtype: str) -> dict[str, Any]:
     return config
 
 
-def linears(structure: Structure, edits: Mapping[str, Edit], runtime: str, experts: bool = False) -> dict[str, Compressed]:
-    """The compressed linears by name; raises ValueError where there are none, or experts, which runtimes name in ways of their own.
-
-    experts: the export knows those names.
-    """
-    if not experts and any(site.kind.startswith("expert") for site in structure.sites):
+def check_no_experts(structure: Structure, runtime: str) -> None:
+    """Raises ValueError for a model with experts, which runtimes name in ways of their own."""
+    if any(site.kind.startswith("expert") for site in structure.sites):
         raise ValueError(
             f"{structure.architecture} has experts, which {runtime} names in its own way; use the runtime isolatency"
         )
+
+
+def linears(edits: Mapping[str, Edit]) -> dict[str, Compressed]:
+    """The compressed linears by name; raises ValueError where there are none."""
     table = {layer: compressed for edit in edits.values() for layer, compressed in edit.linears.items()}
     if not table:
         raise ValueError("the policy compresses nothing; export to the format 'dense' instead")
     return table
+
+
+def formats_of(table: Mapping[str, Compressed]) -> dict[str, Format]:
+    """The formats of compressed linears, by name."""
+    return {layer: compressed.format for layer, compressed in table.items()}
 
 
 def uncompressed(model: Any, compressed: Iterable[str]) -> list[str]:

@@ -25,6 +25,7 @@ from methods.policy_file import PolicyFile
 from search.export import folder as output
 from search.export.gguf_layout import MODEL, Family, family, names, row_order
 from search.export.gguf_metadata import add_metadata
+from search.export.gguf_rope import TENSOR, divisors, kind_of
 from search.export.gguf_tokenizer import probes, vocabulary
 from search.export.gguf_verify import verify
 from search.export.serving import with_cache
@@ -49,6 +50,18 @@ def supports(fmt: Format, site: Site) -> str | None:
     return refuses(fmt, site.d_in)
 
 
+def check_model(loaded: LoadedModel, formats: Mapping[str, Format]) -> None:
+    """Raises ValueError for an architecture that the file could not describe, or a tokenizer that it could not hold."""
+    family(loaded.structure, loaded.model.config)
+    output.check_no_experts(loaded.structure, "GGUF")
+    if loaded.shapes_alone:
+        return
+    if loaded.tokenizer is None:
+        raise ValueError("a GGUF holds the tokenizer, and this model has none; add tokenizer.json to its folder")
+    vocabulary(loaded.tokenizer, loaded.structure.n_vocab)
+    probes(loaded.tokenizer)
+
+
 def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[str, Edit]) -> None:
     """Writes `model.gguf` with `policy.yaml`, `serve.json`, `losses.json` and `tokens.json`, what the tokenizer makes of a few texts.
 
@@ -56,15 +69,16 @@ def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[s
     hold exactly, an architecture or a tokenizer that it could not describe, and FileExistsError where `folder` holds something.
     """
     structure, config = loaded.structure, loaded.model.config
-    kind = family(structure, config)
-    table = output.linears(structure, edits, "GGUF")
+    table = output.linears(edits)
+    check_model(loaded, output.formats_of(table))
     output.check(structure, file, edits, supports)
-    if loaded.tokenizer is None:
-        raise ValueError("a GGUF holds the tokenizer, and this model has none; add tokenizer.json to its folder")
+    kind = family(structure, config)
     words = vocabulary(loaded.tokenizer, structure.n_vocab)
     contents: dict[str, Any] = {"tokens.json": probes(loaded.tokenizer)}
-    contents["serve.json"], lost = with_cache(_serve(structure), cache_format(file.policy, structure), structure.dtype)
-    contents["losses.json"] = [*_losses(table, structure), *lost]
+    contents["serve.json"], lost = with_cache(
+        _serve(structure, kind_of(config)), cache_format(file.policy, structure), structure.dtype
+    )
+    contents["losses.json"] = [*_rotary(kind_of(config)), *_losses(table, structure), *lost]
     with atomic.new_folder(folder) as staging:
         from gguf import GGUFWriter
 
@@ -91,6 +105,9 @@ def _add_tensors(writer: Any, loaded: LoadedModel, kind: Family, edits: Mapping[
         type_name, rows = _stored(parameter, state[parameter], structure)
         order = row_order(parameter, structure, kind)
         _add(writer, name, rows if order is None else rows[order], type_name)
+    divided = divisors(loaded.model.config, structure.head_dim)
+    if divided is not None:
+        _add(writer, TENSOR, divided, "F32")
 
 
 def _stored(name: str, value: Tensor | Compressed, structure: Structure) -> tuple[str, NDArray[Any]]:
@@ -112,13 +129,22 @@ def _add(writer: Any, name: str, rows: NDArray[Any], type_name: str) -> None:
     writer.add_tensor(name, np.ascontiguousarray(rows), raw_dtype=GGMLQuantizationType[type_name])
 
 
-def _serve(structure: Structure) -> dict[str, Any]:
+def _rotary(kind: str) -> list[dict[str, str]]:
+    """What readers leave out of a rotary embedding."""
+    if kind == "default":
+        return []
+    why = f"transformers: reads a GGUF without its {kind} scaling of the rotary embedding, and so as another model; llama.cpp reads it"
+    return [{"lost": "rotary scaling", "why": why}]
+
+
+def _serve(structure: Structure, rotary: str) -> dict[str, Any]:
+    """By engine, how it runs the file; rotary: the rule of its rotary embedding."""
+    llama_cpp: dict[str, Any] = {"llama.cpp": {"command": ["llama-server", "--model", MODEL]}}
+    if rotary != "default":
+        return llama_cpp
     dtype = str(DTYPES[structure.dtype]).removeprefix("torch.")
     python = f"AutoModelForCausalLM.from_pretrained('.', gguf_file='{MODEL}', dtype='{dtype}')"
-    return {
-        "llama.cpp": {"command": ["llama-server", "--model", MODEL]},
-        "transformers": {"python": python, "faster": False},
-    }
+    return {**llama_cpp, "transformers": {"python": python, "faster": False}}
 
 
 def _losses(table: Mapping[str, Compressed], structure: Structure) -> list[dict[str, str]]:

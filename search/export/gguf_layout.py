@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from methods.model.structure import Structure
+from search.export.gguf_rope import unlike
 
 MODEL = "model.gguf"
 """The file in an exported folder."""
@@ -52,9 +53,9 @@ def family(structure: Structure, config: Any) -> Family:
 
 def _unlike(found: Family, structure: Structure, config: Any) -> str | None:
     """What of the model is not as llama.cpp's architecture computes or as transformers reads it from a file, or None."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        return f"has rotary embeddings of its own ({rope}), which transformers does not read back"
+    rotary = unlike(config, structure.head_dim, found.name)
+    if rotary:
+        return rotary
     if config.hidden_act != "silu":
         return f"has the activation {config.hidden_act}, where llama.cpp computes silu"
     window = getattr(config, "sliding_window", None)

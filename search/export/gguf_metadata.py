@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from methods.model.structure import Structure
+from search.export.gguf_rope import add_rope
 from search.export.gguf_tokenizer import Vocabulary
 
 GUESSED = 1024
@@ -28,8 +29,7 @@ def add_metadata(writer: Any, structure: Structure, config: Any, label: str, dig
     writer.add_value_length(structure.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(structure.n_vocab)
-    writer.add_rope_dimension_count(structure.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    add_rope(writer, config, structure.head_dim)
     _add_vocabulary(writer, vocabulary)
 
 

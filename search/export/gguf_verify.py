@@ -16,9 +16,11 @@ from torch import Tensor
 from methods.formats.gguf_types import block_type
 from methods.model.describe import describe
 from methods.model.experts import stock_state_dict
+from methods.model.gguf import as_stored
 from methods.model.quiet import quiet
 from methods.model.structure import Structure
 from search.export.gguf_layout import MODEL, family, names, row_order
+from search.export.gguf_rope import TENSOR, divisors, kind_of
 from search.export.llama_cpp import LlamaCpp, LlamaCppRefusal, installed
 from search.export.verification import (
     EXACT,
@@ -41,6 +43,8 @@ LLAMA_TOKENS = 48
 def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
     """Reads the file with `gguf`, loads it with transformers and, where xllamacpp is installed, with llama.cpp, and compares.
 
+    Of a model whose rotary embedding is scaled, which transformers would read without that, this project's own reader takes its place.
+
     reference: the fp32 model with the edits installed; ids: (b, t) token ids, of which llama.cpp gets the first row's beginning.
     Types have to be the policy's, all tensors equal bit for bit, tokens those that the evaluated tokenizer makes. transformers rounds no
     inputs and is compared with the reference without that; llama.cpp, which does, with the reference as it is: the losses that are
@@ -54,7 +58,7 @@ def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
         return Verification(float("inf"), float("nan"), float("nan"), 0, False, "; ".join(problems))
     linears = list(policy_formats(folder, structure))
     with inputs_alone(reference):
-        check = compare(folder, reference, ids, linears, EXACT, load=_load)
+        check = compare(folder, reference, ids, linears, EXACT, load=_load_here if _scaled(reference) else _load)
     problems = [] if check.ok else [check.message]
     probes = _probes(folder)
     problems += _transformers_tokens(folder, probes)
@@ -66,6 +70,15 @@ def verify(folder: Path, reference: Any, ids: Tensor) -> Verification:
 
 def _load(folder: Path) -> tuple[Any, Mapping[str, Any]]:
     return stock(folder, gguf_file=MODEL, dtype=torch.float32)
+
+
+def _load_here(folder: Path) -> tuple[Any, Mapping[str, Any]]:
+    """The model as this project reads it: transformers leaves out what scales its rotary embedding."""
+    return as_stored(folder / MODEL), {"missing_keys": [], "unexpected_keys": []}
+
+
+def _scaled(reference: Any) -> bool:
+    return kind_of(reference.config) != "default"
 
 
 def _file_problems(folder: Path, reference: Any, structure: Structure) -> list[str]:
@@ -96,6 +109,9 @@ def _file_problems(folder: Path, reference: Any, structure: Structure) -> list[s
         rows = expected[parameter].float().numpy()
         if not np.array_equal(dequantize(tensor.data, tensor.tensor_type), rows if order is None else rows[order]):
             problems.append(f"{name} does not decode to the evaluated weights")
+    divided, held = divisors(reference.config, structure.head_dim), tensors.pop(TENSOR, None)
+    if divided is not None and (held is None or not np.array_equal(held.data, divided)):
+        problems.append(f"{TENSOR} does not hold the divisors of the rotary frequencies")
     problems += [f"{name} is none of the model's" for name in tensors]
     return [*problems[:3], f"{len(problems) - 3} more"] if len(problems) > 3 else problems
 
@@ -137,8 +153,9 @@ def _with_llama_cpp(
             f"llama.cpp has a loss of {found:.4f} instead of {expected:.4f} and KL {kl:.2g} nats per token, more than {LLAMA.nll} "
             f"and {LLAMA.kl} apart"
         )
+    reader = "read here, it" if _scaled(reference) else "transformers"
     said = (
-        f"{check.message}, tokens too; transformers has a loss of {check.nll_loaded:.4f} on the text, llama.cpp of {found:.4f} on its "
+        f"{check.message}, tokens too; {reader} has a loss of {check.nll_loaded:.4f} on the text, llama.cpp of {found:.4f} on its "
         f"first {len(given) - 1} tokens, with KL {kl:.2g} and the same likeliest token at {top1:.1%} of them"
     )
     message = "; ".join(problems) or said

@@ -19,7 +19,7 @@ from methods.method import Edit
 from methods.model.structure import Site, Structure
 from methods.policy_file import PolicyFile
 from search.export import folder as output
-from search.export import gptq_tensors, loading
+from search.export import gptq_tensors
 from search.export.auto_round import VLLM_BITS, commonest, verify_packed
 from search.export.serving import vllm_entries
 from search.export.verification import Verification, read_config
@@ -43,15 +43,18 @@ def supports(fmt: Format, site: Site) -> str | None:
     return reason
 
 
+def check_model(loaded: LoadedModel, formats: Mapping[str, Format]) -> None:
+    """Raises ValueError for a model that auto-round's kernels would not load, or not exactly, with these linears compressed."""
+    gptq_tensors.check_model(loaded, formats, "gptq")
+
+
 def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[str, Edit]) -> None:
     """Writes the folder; `edits`, errors: as in `search.export.compressed_tensors.export`."""
     structure = loaded.structure
-    table = output.linears(structure, edits, "gptq")
+    table = output.linears(edits)
     output.check(structure, file, edits, supports)
-    gptq_tensors.check_dtype(structure, "gptq")
-    loading.check_plain(loaded.model, table, "auto-round")
-    loading.check_constants(loaded.model, table, "auto-round")
-    formats = {layer: compressed.format for layer, compressed in table.items()}
+    formats = output.formats_of(table)
+    check_model(loaded, formats)
     sites = [[layer.name for layer in site.layers] for site in structure.sites]
     others = output.uncompressed(loaded.model, [structure.head, *(name for names in sites for name in names)])
     config = output.config_of(loaded, structure.dtype)

@@ -8,9 +8,9 @@ one less than they are: the layout's first version, which all of them read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,12 @@ from torch import Tensor
 from methods.formats.format import Format
 from methods.formats.numerics import Compressed
 from methods.formats.packing import pack, unpack
-from methods.model.structure import Site, Structure
-from search.export.folder import in_storage_dtype
+from methods.model.structure import Site
+from search.export import loading
+from search.export.folder import check_no_experts, in_storage_dtype
+
+if TYPE_CHECKING:
+    from methods.model.load import LoadedModel
 
 BITS = (2, 3, 4, 8)
 GROUPS = (-1, 32, 64, 128)
@@ -58,12 +62,19 @@ def _shape(fmt: Format, site: Site) -> str | None:
     return f"{odd[0]} inputs or outputs of a linear are no multiple of {MULTIPLE}" if odd else None
 
 
-def check_dtype(structure: Structure, export: str) -> None:
-    """Raises ValueError for a model stored in fp32, which every reader of the layout would round to 16 bits."""
-    if structure.dtype == "fp32":
+def check_model(loaded: LoadedModel, layers: Iterable[str], export: str) -> None:
+    """Raises ValueError for a model that the layout's readers would not load, or not exactly, with these linears packed.
+
+    One that is stored in fp32 is rounded to 16 bits by all of them.
+    """
+    check_no_experts(loaded.structure, export)
+    if loaded.structure.dtype == "fp32":
         raise ValueError(
             f"{export}: the model is stored in fp32, and its readers compute in 16 bits; export to the format 'dense'"
         )
+    names = list(layers)
+    loading.check_plain(loaded.model, names, "auto-round")
+    loading.check_constants(loaded.model, names, "auto-round")
 
 
 def tensors(table: Mapping[str, Compressed], rest: Mapping[str, Tensor], g_idx: bool) -> dict[str, Tensor]:

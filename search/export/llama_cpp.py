@@ -12,8 +12,11 @@ PACKAGE = "xllamacpp"
 _FIRST = 1024
 """Likeliest tokens that are asked for first: nearly always enough, and a whole vocabulary takes half a second."""
 
-_CHARACTER = 4
-"""Tokens that a character of UTF-8 has at most."""
+_WHOLE = "0"
+"""A text whose tokens are whole characters in every vocabulary; one of them is written."""
+
+_SURELY = 1e4
+"""Nats that are added to them where the next token is chosen, which leaves the probabilities that are told as the model has them."""
 
 
 class LlamaCppRefusal(ValueError):
@@ -74,15 +77,21 @@ class LlamaCpp:
 
     def _complete(self, prompt: str | list[int], n_probs: int) -> dict[str, Any]:
         """The next token's likeliest ids with their log-probabilities, and how many tokens the prompt had and the cache held."""
-        # Where the likeliest token ends the text, or is a part of a character, nothing is told before more of it is written.
-        for n_tokens in (1, _CHARACTER):
-            asked = {"max_tokens": n_tokens, "ignore_eos": True, "logprobs": n_probs, "n_probs": n_probs}
-            answer = self._ask(prompt, asked)
-            told = answer["choices"][0]["logprobs"]
-            if told is not None:
-                break
-        else:
-            raise LlamaCppRefusal(f"llama.cpp tells no probabilities after {str(prompt)[:60]!r}")
+        # llama.cpp keeps back the probabilities of a step whose token ends inside a character, and tells a later step's in their place
+        # once the character is whole. So the token that is written is one that ends a character, whatever the model would choose.
+        asked = {
+            "max_tokens": 1,
+            "ignore_eos": True,
+            "logprobs": n_probs,
+            "n_probs": n_probs,
+            "logit_bias": [[_WHOLE, _SURELY]],
+        }
+        answer = self._ask(prompt, asked)
+        told = answer["choices"][0]["logprobs"]
+        if told is None:
+            raise LlamaCppRefusal(
+                f"llama.cpp tells no probabilities after {str(prompt)[:60]!r}; its vocabulary has no token for {_WHOLE!r}"
+            )
         top = told["content"][0]["top_logprobs"]
         usage = answer["usage"]
         return {

@@ -48,6 +48,11 @@ def supports(fmt: Format, site: Site) -> str | None:
     return None if fmt.divides(site.d_in) else f"group={fmt.group} does not divide {site.d_in} inputs"
 
 
+def check_model(loaded: LoadedModel, formats: Mapping[str, Format]) -> None:
+    """Raises ValueError for a model with experts."""
+    output.check_no_experts(loaded.structure, "modelopt")
+
+
 def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[str, Edit]) -> None:
     """Writes `hf_quant_config.json` with the table; `edits`, errors: as in `search.export.compressed_tensors.export`."""
     formats = plan.formats_of(loaded, file, edits, supports, "modelopt")

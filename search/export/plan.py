@@ -31,10 +31,11 @@ def formats_of(
     loaded: LoadedModel, file: PolicyFile, edits: Mapping[str, Edit], supports: Callable[[Format, Site], str | None], tool: str
 ) -> dict[str, Format]:
     """The formats of the compressed linears by name; raises ValueError for what the tool's configuration cannot express."""
-    table = output.linears(loaded.structure, edits, tool)
+    output.check_no_experts(loaded.structure, tool)
+    table = output.linears(edits)
     # What stands beside a grid is part of the evaluated weights, and no configuration asks for it.
     output.check(loaded.structure, file, edits, supports)
-    return {layer: compressed.format for layer, compressed in table.items()}
+    return output.formats_of(table)
 
 
 def label(loaded: LoadedModel, file: PolicyFile) -> dict[str, str]:

@@ -41,6 +41,13 @@ class Exporter(Protocol):
         """Why the format cannot be written at the site, or None."""
         ...
 
+    def check_model(self, loaded: LoadedModel, formats: Mapping[str, Format]) -> None:
+        """Raises ValueError, as `export` does, for a model that is not written with these linears, by name, in these formats.
+
+        No weight is read: shapes tell, and the tokenizer where it is there.
+        """
+        ...
+
     def export(self, folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[str, Edit]) -> None:
         """Writes a folder that the runtime loads, with `policy.yaml`, `serve.json` and `losses.json`, whole or not at all."""
         ...

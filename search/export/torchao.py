@@ -51,13 +51,19 @@ def _grid(fmt: Format) -> str | None:
     return None
 
 
+def check_model(loaded: LoadedModel, formats: Mapping[str, Format]) -> None:
+    """Raises ValueError for a model with experts, or with linears of a class of their own, which torchao does not replace."""
+    output.check_no_experts(loaded.structure, "torchao")
+    loading.check_plain(loaded.model, formats, "torchao")
+
+
 def export(folder: Path, loaded: LoadedModel, file: PolicyFile, edits: Mapping[str, Edit]) -> None:
     """Writes the folder; `edits`, errors: as in `search.export.compressed_tensors.export`."""
     structure = loaded.structure
-    table = output.linears(structure, edits, "torchao")
+    table = output.linears(edits)
     output.check(structure, file, edits, supports)
-    loading.check_plain(loaded.model, table, "torchao")
-    formats = {layer: compressed.format for layer, compressed in table.items()}
+    formats = output.formats_of(table)
+    check_model(loaded, formats)
     config = output.config_of(loaded, structure.dtype)
     digest = policy_file.expanded_digest(file.policy, structure)
     config["quantization_config"] = quantization_config(formats, output.uncompressed(loaded.model, formats), digest)

@@ -4,7 +4,8 @@
   const study = JSON.parse(document.getElementById("study").textContent);
   const get = (id) => document.getElementById(id);
   const mib = (bytes) => bytes / 1048576;
-  const fixed = (x, digits = 3) => (x === null ? "–" : Number(x.toPrecision(digits)).toString());
+  // As the tables write numbers: with an exponent where there would be many zeros.
+  const fixed = (x, digits = 3) => (x === null ? "–" : x !== 0 && Math.abs(x) < 9e-5 ? x.toExponential(digits - 1) : Number(x.toPrecision(digits)).toString());
   const evaluated = study.policies.filter((p) => p.known === "evaluated");
   const latency = get("max-latency"), size = get("max-size"), first = get("first"), second = get("second");
 
@@ -34,6 +35,22 @@
 
   const spread = (kl) => Math.asinh(kl / study.knee);
 
+  // Round numbers of an axis, about as many as asked for.
+  function ticks(low, high, n) {
+    const rough = (high - low) / n, power = 10 ** Math.floor(Math.log10(rough));
+    const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
+    const first = Math.ceil(low / step), found = [];
+    for (let i = first; i * step <= high; i++) found.push(i * step);
+    return found;
+  }
+
+  // Zero, and the powers of ten that losses of the study reach.
+  function powers(high) {
+    const found = [0], last = Math.floor(Math.log10(high));
+    for (let power = Math.ceil(Math.log10(study.knee)); power <= last; power++) found.push(10 ** power);
+    return found;
+  }
+
   function draw(chosen, other) {
     // As wide as its place, so that its letters keep their size on a telephone.
     const w = Math.max(280, Math.min(760, get("explorer").parentElement.clientWidth || 760)), [h, m] = [320, 72];
@@ -42,16 +59,17 @@
     const parts = [`<rect x="${m}" y="0" width="${w - m - 24}" height="${h - m + 8}" fill="none" stroke="#e2e5ea"/>`];
     const limit = x(Number(latency.value));
     parts.push(`<line x1="${limit}" x2="${limit}" y1="0" y2="${h - m + 8}" stroke="#cc79a7" stroke-dasharray="6 4"/>`);
-    const steps = w < 500 ? 3 : 6;
-    for (let i = 0; i <= steps; i++) {
-      const ms = x0 + ((x1 - x0) * i) / steps, kl = Math.sinh(y0 + ((y1 - y0) * i) / steps) * study.knee;
+    for (const ms of ticks(x0, x1, w < 500 ? 3 : 6))
       parts.push(`<text x="${x(ms)}" y="${h - m + 24}" text-anchor="middle">${fixed(ms)}</text>`);
-      if (kl >= 0) parts.push(`<text x="${m - 5}" y="${y(kl) + 4}" text-anchor="end">${fixed(kl, 2)}</text>`);
-    }
-    parts.push(`<text x="${(w + m) / 2}" y="${h - 4}" text-anchor="middle">latency, ${study.unit}</text>`);
+    for (const kl of powers(Math.max(...study.policies.map((p) => p.kl), study.knee)))
+      parts.push(`<text x="${m - 5}" y="${y(kl) + 4}" text-anchor="end">${kl === 0 ? "0" : kl < 9e-5 ? kl.toExponential(0) : fixed(kl)}</text>`);
+    parts.push(`<text x="${(w + m) / 2}" y="${h - 22}" text-anchor="middle">latency, ${study.unit}</text>`);
     parts.push(`<text transform="translate(12 ${(h - m + 8) / 2}) rotate(-90)" text-anchor="middle">KL divergence, nats per token</text>`);
     const colour = { dense: "#1f2430", chosen: "#009e73", baseline: "#d55e00", search: "#0072b2", predicted: "#8a8f98" };
-    study.policies.forEach((p, index) => {
+    // What was evaluated lies above what was predicted, and the answer above all.
+    const level = (p) => (p.known === "evaluated") + (p.group === "chosen");
+    const order = study.policies.map((p, index) => [p, index]).sort(([a], [b]) => level(a) - level(b));
+    order.forEach(([p, index]) => {
       const ring = p === chosen ? ' stroke="#1f2430" stroke-width="3"' : p === other ? ' stroke="#e69f00" stroke-width="3"' : "";
       const fill = p.known === "evaluated" ? colour[p.group] : "#ffffff", edge = p.known === "evaluated" ? "" : ' stroke="#8a8f98"';
       parts.push(`<circle data-index="${index}" cx="${x(p.ms)}" cy="${y(p.kl)}" r="${p.known === "evaluated" ? 7 : 5}" fill="${fill}"${ring || edge}><title></title></circle>`);
@@ -59,7 +77,7 @@
     const plot = get("plot");
     const named = { chosen: "the answer", search: "search", baseline: "simple policies", dense: "dense model", predicted: "solver, predicted" };
     const present = Object.keys(named).filter((group) => study.policies.some((p) => p.group === group));
-    const keys = present.map((group) => `<span class="key"><i style="background:${colour[group]}"></i>${named[group]}</span>`);
+    const keys = present.map((group) => `<span class="key"><i style="${group === "predicted" ? "border:1px solid" : "background:"}${colour[group]}"></i>${named[group]}</span>`);
     plot.innerHTML = `<svg viewBox="0 0 ${w} ${h}" role="img" aria-label="latency against loss">${parts.join("")}</svg><p>${keys.join("")}</p>`;
     plot.querySelectorAll("circle").forEach((dot) => {
       const index = Number(dot.dataset.index);

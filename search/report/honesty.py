@@ -66,6 +66,20 @@ def draw_pairs(panels: Sequence[Panel], format: Literal["png", "svg"] = "png") -
     return buffer.getvalue()
 
 
+def shown(value: float, _: object = None) -> str:
+    """A number at a tick: `0.0001`, `1e-5`; matplotlib's own formatter of powers writes mathematics, which is not parsed here."""
+    return f"{value:g}".replace("e-0", "e-")
+
+
+def _plain_ticks(axis: Any, low: float, high: float) -> None:
+    """Numbers at powers of ten, and between them where there are fewer than two powers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(shown)
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _draw(axes: Any, panel: Panel) -> None:
     pairs = panel.pairs
     values = [v for pair in pairs for v in (pair.predicted, pair.measured)]
@@ -74,6 +88,8 @@ def _draw(axes: Any, panel: Panel) -> None:
     if panel.log:
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            _plain_ticks(axis, low, high)
     else:
         axes.fill_between(
             [low, high], [low * (1 - BAND), high * (1 - BAND)], [low * (1 + BAND), high * (1 + BAND)], color="#EEF0F3"

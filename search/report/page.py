@@ -31,8 +31,9 @@ p { margin: 6px 0; } .soft { color: var(--soft); font-size: 13.5px; }
  img { max-width: 100%; height: auto; }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums; }
 th, td { padding: 5px 12px 5px 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-th { font-weight: 600; color: var(--soft); } td.n, th.n { text-align: right; white-space: nowrap; }
+th { font-weight: 600; color: var(--soft); } td.n, th.n { text-align: right; } td.n { white-space: nowrap; }
 tr.chosen td { background: #e8f5f0; font-weight: 600; }
+.predicted td:nth-child(5):last-child { min-width: 12em; }
 .predicted { padding: 4px 18px 14px; border: 1px dashed #8a8f98; background: var(--wash); }
 .map td, .map th { padding: 0; border: 1px solid var(--paper); text-align: center; font-size: 11px; }
 .map td { width: 26px; height: 24px; } .map th { color: var(--soft); font-weight: 400; padding: 0 8px 0 0; white-space: nowrap; }
@@ -198,8 +199,8 @@ def _limits(data: ReportData) -> str:
             f"{limit.kind}, block {limit.block}",
             limit.format,
             f"{limit.loss:.2g}",
-            f"{limit.ms * 1e3:.0f} µs",
-            f"{limit.wider}: {limit.saved:.2g} nats for {limit.more_ms * 1e3:.0f} µs" if limit.wider else "nothing wider helps",
+            _time(limit.ms),
+            f"{limit.wider}: {limit.saved:.2g} nats for {_time(limit.more_ms)}" if limit.wider else "nothing wider helps",
         )
         for limit in data.limits
     ]
@@ -210,6 +211,11 @@ def _limits(data: ReportData) -> str:
         + _plain_table(("the costliest layers", "format", "nats per token", "time", "what a wider format would buy"), sites)
         + "</div>"
     )
+
+
+def _time(ms: float) -> str:
+    """Milliseconds, or microseconds where they are less than one."""
+    return f"{ms:.2f} ms" if ms >= 1 else f"{ms * 1e3:.0f} µs"
 
 
 def _plain_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from methods.atomic import write_bytes
 from search.frontier import Candidate, frontier
 from search.report.content import Entry, Group, ReportData
-from search.report.honesty import DRAWN
+from search.report.honesty import DRAWN, shown
 
 # Okabe and Ito's palette: told apart by all common kinds of colour vision; shapes differ as well.
 _STYLE: dict[Group, tuple[str, str, float, str]] = {
@@ -63,7 +64,10 @@ def _axes(axes: Any, data: ReportData, narrow: bool) -> None:
     values = [c.kl for c in _all(data) if c.kl > 0]
     if values and max(values) > _LOG_FROM * min(values):
         axes.set_yscale("symlog", linthresh=min(values), linscale=0.4)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        # Zero and the powers of ten above what is linear: the one below would stand on the zero.
+        powers = range(math.ceil(math.log10(min(values))), math.floor(math.log10(max(values))) + 1)
+        axes.set_yticks([0.0, *(10.0**power for power in powers)])
+        axes.yaxis.set_major_formatter(shown)
     latencies = [v for e in data.measured for v in (e.candidate.latency_lo, e.candidate.latency_hi)]
     latencies += [c.latency_ms for c in data.predicted] + [data.objective.limit_ms]
     margin = 0.06 * (max(latencies) - min(latencies) or max(latencies))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from methods.sealed import unsealed
 from profilers import end_to_end, sweep
 from profilers.pace import LEEWAY, SPAN_S, SPANS, WINDOW, YARDSTICK, Pace, kept_in, yardstick
 from profilers.sweep import measure, torch_threads
@@ -82,7 +84,18 @@ def test_a_file_that_is_damaged_or_of_another_yardstick_is_made_anew(tmp_path: P
     kept = tmp_path / "machine.json"
     kept.write_text(text)
     made(itertools.repeat(3.0), kept)
-    assert json.loads(kept.read_text()) == {"yardstick": YARDSTICK, "seconds": 3.0, "usual": 1.0}
+    assert unsealed(kept.read_text(), kept) == {"yardstick": YARDSTICK, "seconds": 3.0, "usual": 1.0}
+
+
+def test_a_pace_that_was_changed_is_measured_again_and_one_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    kept = tmp_path / "machine.json"
+    made(itertools.repeat(3.0), kept)
+    assert kept_in(kept) == (3.0, 1.0)
+    kept.write_text(kept.read_text().replace("3.0", "0.3"))  # a machine that would never be at its full pace again
+    assert kept_in(kept)[0] == math.inf
+    assert made(itertools.repeat(3.0), kept).full() and kept_in(kept) == (3.0, 1.0)
+    kept.write_text(json.dumps({"yardstick": YARDSTICK, "seconds": 2.0}))
+    assert kept_in(kept) == (2.0, 1.0)
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 
 import search.maps
 from methods.policy import DENSE, Decision, Policy
+from methods.sealed import sealed, unsealed
 from profilers.target import local_cpu
 from search.cli import main
 from search.config import ConfigError
 from search.curves import latency_pairs
-from search.files import sealed, unsealed
 from search.folder import check_same
 from search.prepared import by_format
 from search.results import saved_answer, saved_config, saved_prepared

@@ -10,6 +10,7 @@ import pytest
 from methods import checkpoint
 from methods.atomic import broken_seal
 from search.cli import main
+from search.export.verification import not_loaded
 from search.folder import open_store
 from search.progress import Progress
 from search.results import Answer, answers, saved_answer, saved_config
@@ -88,8 +89,10 @@ def test_a_moved_study_works_with_every_command(
     assert checkpoint.problem(judged, checkpoint.read(Path(f"{out}-made")).edits) == ""
 
 
-def test_a_run_mends_what_was_damaged_and_says_which_export_is_missing(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """MLX has no place for rounded inputs."""
+def test_a_run_mends_what_was_damaged_and_says_which_export_is_missing(
+    moved: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.export.compressed_tensors.verify", lambda *_: not_loaded(0, "another loss than evaluated", ""))
     before = saved_answer(moved)
     (judged,), (exported,) = (moved / "models").iterdir(), (moved / "exports" / "dense").iterdir()
     payload = (judged / "payload.safetensors").read_bytes()
@@ -99,21 +102,25 @@ def test_a_run_mends_what_was_damaged_and_says_which_export_is_missing(moved: Pa
     for path in (judged / "payload.safetensors", exported / "tokenizer.json", *steps, *(moved / "bank").rglob("*.safetensors")):
         flip(path)
     assert steps and n_trials
-    assert main(["run", "--config", str(moved / "config.toml"), "--export", "dense,mlx", "--json"]) == 4
+    assert main(["run", "--config", str(moved / "config.toml"), "--export", "dense,compressed-tensors", "--json"]) == 4
     said = capsys.readouterr()
     shown = json.loads(said.out)
     found = {item["format"]: item for item in shown["answer"]["exports"]}
     assert shown["folder"] == str(moved) and shown["answer"]["verdict"] == "met"
-    assert not found["dense"]["problem"] and found["mlx"]["asked"] and "inputs" in found["mlx"]["problem"]
-    assert not (moved / found["mlx"]["folder"]).exists()
+    assert (
+        not found["dense"]["problem"]
+        and found["compressed-tensors"]["asked"]
+        and "another loss" in found["compressed-tensors"]["problem"]
+    )
+    assert not (moved / found["compressed-tensors"]["folder"]).exists()
     for name in ("payload.safetensors", "tokenizer.json"):
         assert f"{name} was changed after it was written; it is moved to .damaged-{judged.name} and" in said.err
     assert (judged / "payload.safetensors").read_bytes() == payload and broken_seal(exported) == ""
     assert "more: damaged, made again" in said.err
     assert list(answers(moved)) == ["0.9x"] and (moved / "answers" / ".damaged-0.99x.json").is_file()
     assert len(records(moved)) == n_trials
-    assert main(["show", str(moved)]) == 0 and "there is no mlx export: " in capsys.readouterr().out
-    assert "there is no mlx export: " in (moved / "report.html").read_text()
+    assert main(["show", str(moved)]) == 0 and "there is no compressed-tensors export: " in capsys.readouterr().out
+    assert "there is no compressed-tensors export: " in (moved / "report.html").read_text()
 
 
 def other(answer: Answer, objective: str) -> Answer:

@@ -121,6 +121,15 @@ def width_px(svg: str) -> float:
     return float(points) * 96 / 72
 
 
+def test_the_zero_of_the_frontier_has_its_place_alone() -> None:
+    """Of losses over many powers of ten the smallest lie in a linear part, whose ticks would stand on the zero."""
+    entries = [Entry(candidate("dense", 0.0, 10.0), "dense"), Entry(candidate("a", 0.5, 4.0), "chosen")]
+    entries += [Entry(candidate("b", 4e-6, 9.0), "search"), Entry(candidate("c", 2e-3, 6.0), "search")]
+    svg = draw(data(measured=tuple(entries), predicted=()), "svg").decode()
+    ticks = re.findall(r"<!-- (0|0\.0*1|1e-\d+) -->", svg)
+    assert ticks == ["0", "1e-5", "0.0001", "0.001", "0.01", "0.1"]
+
+
 def test_names_from_outside_are_no_mathematics() -> None:
     entries = (*data().measured[:1], Entry(candidate("a $x_{$ b", 0.2, 5.0), "chosen"))
     assert draw(data(measured=entries, model="m $\\frac$ n", predicted=()))

@@ -102,6 +102,19 @@ def test_pairs_are_told_by_whether_they_held() -> None:
     assert one != draw_pairs([latency_panel("decode", [Pair(0.6, 0.5, 0.7, 0.75)])])
 
 
+@pytest.mark.parametrize(
+    ("pairs", "ticks"),
+    [
+        ([Pair(0.00001, 0.00001, 0.00003, 0.00001), Pair(0.02, 0.01, 0.03, 0.015)], ["1e-5", "0.0001", "0.001", "0.01"]),
+        ([Pair(0.012, 0.01, 0.02, 0.013), Pair(0.02, 0.01, 0.03, 0.02)], ["0.01", "0.02"]),
+    ],
+)
+def test_axes_of_losses_have_numbers_and_no_mathematics(pairs: list[Pair], ticks: list[str]) -> None:
+    svg = draw_pairs([loss_panel(pairs)], "svg").decode()
+    assert "$" not in svg and "mathdefault" not in svg
+    assert all(svg.count(f"<!-- {tick} -->") == 2 for tick in ticks), [tick for tick in ticks if f"<!-- {tick} -->" not in svg]
+
+
 def test_the_page_tells_them_and_does_without() -> None:
     text = page(data())
     for words in ("What limits it", "a token&#x27;s time", "w8a8-token: 0.045 nats for 20 µs", "nothing wider helps", "25%"):
@@ -113,18 +126,32 @@ def test_the_page_tells_them_and_does_without() -> None:
     assert "Modelled against measured: decode" in text and "Predicted against measured: KL" in text
 
 
+def _scaled(candidate: Candidate, scale: float) -> Candidate:
+    return replace(candidate, kl=candidate.kl * scale, kl_stderr=candidate.kl_stderr * scale)
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
 @pytest.mark.parametrize("width", [390, 1200])
-def test_a_browser_shows_it_without_overflow(width: int, tmp_path: Path) -> None:
+def test_a_browser_shows_it_without_overflow(width: int, scale: float, tmp_path: Path) -> None:
     """The script runs, the controls appear, the plot has every policy, and nothing but tables scrolls sideways."""
-    write_page(data(), tmp_path / "report.html")
+    shown = data()
+    entries = tuple(replace(entry, candidate=_scaled(entry.candidate, scale)) for entry in shown.measured)
+    predicted = tuple(_scaled(candidate, scale) for candidate in shown.predicted)
+    write_page(replace(shown, measured=entries, predicted=predicted), tmp_path / "report.html")
     probe = (
         "<script>document.body.dataset.probe = [document.documentElement.scrollWidth - innerWidth, "
         "document.querySelectorAll('#plot circle').length, document.getElementById('explorer').hidden, "
-        "document.getElementById('best').textContent.length > 20].join()</script></body>"
+        "document.getElementById('best').textContent.length > 20, touching].join()</script></body>"
+    )
+    # Of the letters in the plot: those of an axis must not run into each other or into its title.
+    boxes = (
+        "<script>const texts = [...document.querySelectorAll('#plot text')].map((each) => each.getBoundingClientRect()); "
+        "const touching = texts.filter((a, i) => texts.some((b, j) => i !== j && a.left < b.right && b.left < a.right && "
+        "a.top < b.bottom && b.top < a.bottom)).length;</script>"
     )
     path = tmp_path / "probed.html"
-    path.write_text((tmp_path / "report.html").read_text().replace("</body>", probe))
+    path.write_text((tmp_path / "report.html").read_text().replace("</body>", boxes + probe))
     options = [
         "--headless",
         "--no-sandbox",
@@ -133,9 +160,9 @@ def test_a_browser_shows_it_without_overflow(width: int, tmp_path: Path) -> None
         f"--user-data-dir={tmp_path / 'profile'}",
     ]
     done = subprocess.run(["chromium", *options, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120)
-    overflow, circles, hidden, told = done.stdout.split('data-probe="')[1].split('"')[0].split(",")
+    overflow, circles, hidden, told, touching = done.stdout.split('data-probe="')[1].split('"')[0].split(",")
     assert (circles, hidden, told) == ("6", "false", "true")
-    assert int(overflow) <= 0
+    assert int(overflow) <= 0 and touching == "0"
 
 
 def test_a_study_of_an_earlier_version_takes_its_workload_from_the_configuration(tmp_path: Path) -> None:

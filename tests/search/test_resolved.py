@@ -152,7 +152,11 @@ def test_that_no_format_is_faster_than_dense_is_said_as_such() -> None:
     ):
         check_faster(config.objectives, dense, "box")
     check_faster(config.objectives, study.sites, "box")
-    check_faster(asked(latency="1x").objectives, dense, "box")
+    for latency in ("1x", "50x", "20ms", "auto"):
+        with pytest.raises(
+            Unreachable, match=r"there is nothing to search on box: no format .* at none of 2 sites\. Use the dense"
+        ):
+            check_faster(asked(latency=latency).objectives, dense, "box")
 
 
 def test_a_size_below_everything_is_refused_from_the_space_alone() -> None:

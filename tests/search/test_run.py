@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from search.progress import Progress
 from search.results import measured_entries
 from search.run import run_study
 from search.session import Session
+from tests.search.run_server import fixed_prices, one_core
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 SMALL = {
@@ -42,6 +44,13 @@ def flags(**values: object) -> list[str]:
         text = ",".join(value) if isinstance(value, tuple) else str(value)
         found += [f"--{name.replace('_', '-')}", text]
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """One core and fixed prices: what is faster than dense is no matter of this machine's instructions."""
+    with one_core(), fixed_prices():
+        yield
 
 
 @pytest.fixture(scope="module")

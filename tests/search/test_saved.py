@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,15 @@ import pytest
 from methods.bank import Bank, DamagedEdit
 from methods.method import Edit
 from methods.policy import Decision, Policy
-from methods.typed import WrongValue
+from methods.sealed import sealed, unsealed
+from methods.typed import Count, WrongValue
+from predictors.assumed import AssumedMap
 from search.endings import status
-from search.files import Steps, mended, sealed, unsealed
+from search.evaluate import KeptQuality
+from search.files import Steps, mended
 from search.finalists import Finalist
+from search.maps import kept_fits
+from search.prepare import Scores
 from search.results import Answer, Export, answers, saved_answer, saved_config, saved_prepared, set_damaged_aside
 from search.results import _keep as keep
 
@@ -77,6 +82,51 @@ def test_a_step_that_was_changed_is_computed_again(tmp_path: Path) -> None:
     assert steps.get("map", "key") == 7
     (tmp_path / "map.json").write_bytes(b"\xff\xfe")
     assert steps.get("map", "key") is None
+
+
+KINDS = {
+    "sensitivities": (Scores, {"kl": {"a": {"rtn": 0.5}}, "stderr": {"a": {"rtn": 0.1}}}, {"kl": {"a": {"rtn": None}}}),
+    "quality": (KeptQuality, {"kl_each": [0.5, math.inf], "nll_each": [1.0, 2.0], "n_tokens": 8}, {"n_tokens": "8"}),
+    "tasks": (Mapping[str, Mapping[str, float]], {"lambada": {"acc": 0.5}}, {"lambada": 0.5}),
+    "evaluations": (Count, 7, -1),
+}
+
+
+@pytest.mark.parametrize(("kind", "value", "wrong"), KINDS.values(), ids=KINDS)
+def test_a_step_whose_value_is_of_another_kind_is_computed_again(tmp_path: Path, kind: Any, value: Any, wrong: Any) -> None:
+    """Files of earlier versions have no checksum, so that whatever was put into one is read."""
+    steps = Steps(tmp_path)
+    assert steps.made("s", "key", lambda: value, kind) == value == steps.get("s", "key", kind)
+    other = {**value, **wrong} if isinstance(value, dict) else wrong
+    for bad in (other, "text", [1], None):
+        (tmp_path / "s.json").write_text(json.dumps({"key": "key", "value": bad}))
+        assert steps.get("s", "key", kind) is None
+    assert steps.made("s", "key", lambda: value, kind) == value
+
+
+def test_a_map_of_another_kind_is_measured_again(tmp_path: Path) -> None:
+    steps, map_ = Steps(tmp_path), AssumedMap(1.0, 0.5, 2.0, 0.9, 1.1).to_dict()
+    blocks = {"blocks": 2, "saved_ms": 1.0, "lo": 0.5, "hi": 1.5, "predicted_ms": 1.0}
+    fit = {
+        "map": map_,
+        "scales": {"grouped": 1.5},
+        "dense_ms": [2.0, 1.0, 3.0],
+        "dense_name": "dense",
+        "tail": math.nan,
+        "disturbance": "",
+        "label": "measured",
+        "blocks": blocks,
+    }
+    steps.put("m", "key", [fit])
+    (found,) = kept_fits(steps, "m", "key") or ()
+    assert found["dense_ms"] == (2.0, 1.0, 3.0) and found["map"] == map_ and math.isnan(found["tail"])
+    changes: list[dict[str, Any]] = [{"dense_ms": [2.0, 1.0]}, {"scales": {"grouped": "x"}}, {"label": "guessed"}, {"map": {}}]
+    changes += [{"map": {**map_, "b0": "1"}}, {"blocks": {**blocks, "hi": None}}, {"blocks": {"blocks": 2}}, {"tail": "1"}]
+    for change_ in changes:
+        steps.put("m", "key", [{**fit, **change_}])
+        assert kept_fits(steps, "m", "key") is None, change_
+    steps.put("m", "key", [{name: item for name, item in fit.items() if name != "blocks"}])  # of an earlier version
+    assert kept_fits(steps, "m", "key") is not None
 
 
 def test_a_prepared_study_that_was_changed_is_named(study: Path) -> None:

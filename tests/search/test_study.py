@@ -16,7 +16,7 @@ import sqlalchemy
 from sqlalchemy.exc import OperationalError
 
 from methods.policy import Decision, Policy
-from search.study import Failure, ForeignStudy, Store, TrialRecord
+from search.study import Failure, ForeignStudy, Store, TrialRecord, damage
 
 CONTEXT = {"model": "f00d", "target": "cpu", "batch": 1}
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,7 +79,7 @@ def test_another_study_is_refused(tmp_path: Path, context: dict[str, Any], key: 
 
 def test_files_that_are_no_study(tmp_path: Path) -> None:
     (tmp_path / "study.db").write_bytes(b"not a database" * 100)
-    with pytest.raises(ValueError, match="cannot be opened"):
+    with pytest.raises(ValueError, match=r"cannot be opened as a study: it is damaged \(file is not a database\); restore it"):
         Store(tmp_path / "study.db", "s", CONTEXT)
     url = f"sqlite:///{tmp_path / 'other.db'}"
     foreign = optuna.create_study(storage=url, study_name="s", directions=["minimize", "minimize"])
@@ -159,6 +159,41 @@ def test_processes_share_a_new_store(tmp_path: Path) -> None:
         process.stdout.close()
     found = Store(path, "s", CONTEXT).records()
     assert sorted(record.latency_ms for record in found) == [5.0 + k for k in range(9)]
+
+
+def test_damaged_pages_are_found_when_a_study_is_opened(tmp_path: Path) -> None:
+    """A reader of other pages would not notice; what a study made itself is moved aside and made again, another's file is left alone."""
+    path, said = tmp_path / "study.db", []
+    store = Store(path, "s", CONTEXT)
+    for k in range(40):
+        store.record(trial(k))
+    assert damage(path) == ""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (size,) = database.execute("PRAGMA page_size").fetchone()
+        (page,) = database.execute("SELECT rootpage FROM sqlite_master WHERE name = 'trial_intermediate_values'").fetchone()
+    store._study._storage._backend.engine.dispose()  # type: ignore[attr-defined]
+    data = bytearray(path.read_bytes())
+    data[(page - 1) * size : (page - 1) * size + 64] = b"\xff" * 64
+    path.write_bytes(data)
+
+    assert damage(path)
+    with pytest.raises(ValueError, match=r"it is damaged \(.*\); restore it, or choose another --store") as raised:
+        Store(path, "s", CONTEXT)
+    assert "\n" not in str(raised.value) and path.read_bytes() == data
+    again = Store(path, "s", CONTEXT, mend=said.append)
+    assert again.records() == [] and again.record(trial(0)) and damage(path) == ""
+    assert (tmp_path / ".damaged-study.db").read_bytes() == data
+    assert len(said) == 1 and "is moved to .damaged-study.db, and evaluations are made again" in said[0]
+    assert Store(path, "s", CONTEXT, mend=said.append).records() == [trial(0)] and len(said) == 1
+
+
+def test_what_a_damaged_study_had_not_written_back_goes_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    path.write_bytes(b"no database" * 1000)
+    path.with_name("study.db-wal").write_bytes(b"left by it")
+    assert Store(path, "s", CONTEXT, mend=lambda _: None).record(trial(0))
+    assert (tmp_path / ".damaged-study.db-wal").read_bytes() == b"left by it"
 
 
 def test_failures_are_kept_apart_and_may_be_tried_again(tmp_path: Path) -> None:

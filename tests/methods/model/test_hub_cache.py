@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from methods.model.load import LoadError, load, missing_files
+from methods.model.hub import missing_files
+from methods.model.load import LoadError, load
 from tests.tiny import save_tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -437,8 +437,8 @@ def _refused(loaded: LoadedModel, tmp_path: Path, message: str) -> None:
         ("llama", {"hidden_act": "gelu"}, "has the activation gelu"),
         (
             "llama",
-            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0}},
-            "rotary embeddings of its own",
+            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}},
+            "scales its rotary embedding by the rule dynamic",
         ),
     ],
 )
