@@ -39,7 +39,7 @@ LONG_S = 300.0
 """Seconds of true evaluations that are announced."""
 
 OUTCLASSED = 2.0
-"""A simple policy whose loss on the first sequence is so many times that of the best within the budget is evaluated on no other."""
+"""A simple policy whose loss on the first sequence is so many times that of another within the budget is evaluated on no other."""
 
 N_SIMPLE = 2
 """Simple policies of mixed kind (ends, kinds) that are evaluated besides the uniform ones."""
@@ -284,8 +284,10 @@ class _Search:
         quality = self._truth.quality(name, policy, FIRST_STAGE, self._limit if simple else np.inf)
         if policy.key() not in self._truth.outclassed:
             self._found.setdefault(policy.key(), Ranked(name, policy, quality, simple))
+        if self._fits(policy) and simple:
+            self._limit = min(self._limit, OUTCLASSED * quality.kl_each[0])
         if self._fits(policy) and quality.kl < self._best:
-            self._best, self._limit = quality.kl, OUTCLASSED * quality.kl_each[0]
+            self._best = quality.kl
             ms = self._prepared.map.predict(self._prepared.sum_ms(policy)).mean
             self._progress.best = f"best so far: {name}, KL {quality.kl:.3g}, {ms:.4g} ms modelled"
         stderr = 0.0 if np.isnan(quality.kl_stderr) else quality.kl_stderr

@@ -123,17 +123,23 @@ def test_a_spent_budget_ends_before_the_second_stage_and_ranks_by_the_first(tmp_
 
 def test_a_simple_policy_that_is_outclassed_on_the_first_sequence_goes_no_further(tmp_path: Path) -> None:
     truth, store, search, _ = setting(tmp_path, Model())
-    search.evaluate("best", POLICIES[0], simple=False)
-    for policy in POLICIES[1:]:  # 2, 3 and 4 times its loss, of which twice is not yet too much
+    for policy in POLICIES:  # once to four times the least loss, of which twice is not yet too much
         search.evaluate("simple", policy, simple=True)
     assert [record.n_tokens for record in store.records()] == [32, 32, 8, 8]
     assert truth.outclassed == {policy.key() for policy in POLICIES[2:]}
     assert [item.policy for item in search.promoted(1)] == POLICIES[:2]
     again, store, resumed, _ = setting(tmp_path, Model())
-    resumed.evaluate("best", POLICIES[0], simple=False)
+    resumed.evaluate("simple", POLICIES[0], simple=True)
     assert resumed.evaluate("simple", POLICIES[2], simple=True).n_tokens == 8 and again.n_new == 0
     resumed.evaluate("searched", POLICIES[2], simple=False)
     assert again.outclassed == set() and store.records()[-1].n_tokens == 32
+
+
+def test_the_best_simple_policy_stays_however_much_better_a_searched_one_is(tmp_path: Path) -> None:
+    truth, _, search, _ = setting(tmp_path, Model())
+    search.evaluate("searched", POLICIES[0], simple=False)
+    search.evaluate("simple", POLICIES[2], simple=True)
+    assert truth.outclassed == set() and [item.simple for item in search.promoted(1)] == [False, True]
 
 
 def test_the_best_that_fits_is_said(tmp_path: Path) -> None:
