@@ -218,8 +218,8 @@ def explore(
     search, features = _Search(prepared, truth, budget_ms, progress), features_of(prepared)
     presets = sorted(simple_policies(prepared, budget_ms), key=lambda preset: _promise(preset, prepared, budget_ms))
     must = [
-        (mix_name(solution.policy, prepared), solution.policy, False),
-        *((preset.name, preset.policy, True) for preset in presets),
+        (mix_name(solution.policy, prepared), solution.policy, False, ""),
+        *((preset.name, preset.policy, True, preset.family) for preset in presets),
     ]
     total = len(must) + config.evaluations
     strategy = Refine(
@@ -277,15 +277,21 @@ class _Search:
     def __init__(self, prepared: Prepared, truth: Truth, budget_ms: float, progress: Progress) -> None:
         self._prepared, self._truth, self._budget_ms, self._progress = prepared, truth, budget_ms, progress
         self._found: dict[str, Ranked] = {}
-        self._best = self._limit = np.inf
+        self._best = np.inf
+        self._limits = {"": np.inf, "uniform": np.inf}
 
-    def evaluate(self, name: str, policy: Policy, simple: bool) -> Evaluated:
-        """On the first stage's tokens; a simple policy that is outclassed on the first sequence is no candidate."""
-        quality = self._truth.quality(name, policy, FIRST_STAGE, self._limit if simple else np.inf)
+    def evaluate(self, name: str, policy: Policy, simple: bool, family: str = "") -> Evaluated:
+        """On the first stage's tokens; a simple policy that is outclassed on the first sequence is no candidate.
+
+        family: uniform policies race among themselves, so that the best of them is in every answer, others against all.
+        """
+        race = family if family in self._limits else ""
+        quality = self._truth.quality(name, policy, FIRST_STAGE, self._limits[race] if simple else np.inf)
         if policy.key() not in self._truth.outclassed:
             self._found.setdefault(policy.key(), Ranked(name, policy, quality, simple))
         if self._fits(policy) and simple:
-            self._limit = min(self._limit, OUTCLASSED * quality.kl_each[0])
+            for own in {"", race}:
+                self._limits[own] = min(self._limits[own], OUTCLASSED * quality.kl_each[0])
         if self._fits(policy) and quality.kl < self._best:
             self._best = quality.kl
             ms = self._prepared.map.predict(self._prepared.sum_ms(policy)).mean

@@ -142,6 +142,14 @@ def test_the_best_simple_policy_stays_however_much_better_a_searched_one_is(tmp_
     assert truth.outclassed == set() and [item.simple for item in search.promoted(1)] == [False, True]
 
 
+def test_the_best_uniform_policy_stays_however_much_better_a_mixed_one_is(tmp_path: Path) -> None:
+    truth, _, search, _ = setting(tmp_path, Model())
+    search.evaluate("ends", POLICIES[0], simple=True, family="ends")
+    search.evaluate("uniform", POLICIES[2], simple=True, family="uniform")
+    search.evaluate("kind", POLICIES[3], simple=True, family="kind")
+    assert truth.outclassed == {POLICIES[3].key()}
+
+
 def test_the_best_that_fits_is_said(tmp_path: Path) -> None:
     truth, _, _, said = setting(tmp_path, Model())
     progress = Progress(said)
