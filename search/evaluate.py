@@ -15,13 +15,14 @@ from methods.method import Edit
 from methods.model.head import check_projection, final_hidden, project
 from methods.model.structure import Structure
 from methods.policy import DENSE, Decision, Policy
+from methods.threads import shared_out, workers
 from methods.typed import AtLeastOne
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_CHUNK = 128
-"""Tokens whose logits exist at once."""
+_CHUNK, _LEAST_CHUNK = 128, 16
+"""Tokens whose logits exist at once, of all sequences that are worked on together; the fewest of one sequence."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,7 @@ class Evaluator:
         self.tokens = tokens
         self._switch, self._model, self._structure = switch, switch.model, switch.structure
         self._dense_hidden: list[Tensor] = []
+        self._chunk = _CHUNK
         self._done: dict[str, list[tuple[float, float, float]]] = {}
 
     def evaluate(
@@ -139,10 +141,7 @@ class Evaluator:
         done = self._done.setdefault(policy.key(), [])
         if len(done) < n:
             self._switch.policy(policy)
-            for index in range(len(done), n):
-                done.append(self._sequence(index))
-                if progress:
-                    progress(index + 1, n)
+            done.extend(self._sequences(range(len(done), n), progress))
         return self._quality(done[:n])
 
     def dense(self) -> None:
@@ -165,12 +164,7 @@ class Evaluator:
         n = min(n_sequences or len(self.tokens), len(self.tokens))
         self._need_dense(n)
         self._switch.edits(edits)
-        result = []
-        for index in range(n):
-            result.append(self._sequence(index, changed=bool(edits)))
-            if progress:
-                progress(index + 1, n)
-        return self._quality(result)
+        return self._quality(list(self._sequences(range(n), progress, changed=bool(edits))))
 
     def model_kl(self, other: nn.Module, n_sequences: int) -> Quality:
         """Quality of another model object (real kernels) against the dense reference on the first sequences."""
@@ -192,19 +186,29 @@ class Evaluator:
         if len(self._dense_hidden) >= n:
             return
         self._switch.dense()
-        with torch.inference_mode():
-            for index in range(len(self._dense_hidden), n):
-                self._dense_hidden.append(final_hidden(self._model, self.tokens[index : index + 1])[0])
+        self._dense_hidden.extend(shared_out(self._hidden, range(len(self._dense_hidden), n)))
 
-    def _sequence(self, index: int, changed: bool = True) -> tuple[float, float, float]:
-        """changed: whether anything is installed; the dense model's hidden states are known."""
+    def _sequences(
+        self, indices: range, progress: Callable[[int, int], None] | None = None, changed: bool = True
+    ) -> Iterator[tuple[float, float, float]]:
+        """What `_compare` says of every sequence; changed: whether anything is installed, for the dense model's states are known."""
+        self._chunk = max(_LEAST_CHUNK, _CHUNK // workers(len(indices)))
+
+        def compared(index: int) -> tuple[float, float, float]:
+            hidden = self._hidden(index) if changed else self._dense_hidden[index]
+            return self._compare(index, lambda part: project(self._model, self._structure, hidden[part]))
+
+        for index, found in zip(indices, shared_out(compared, indices), strict=True):
+            if not all(map(math.isfinite, found)):
+                where = first_not_finite(self._model, self._structure, self.tokens[index : index + 1])
+                raise NotFinite(f"the model computes NaN or infinity from {where} on")
+            if progress:
+                progress(index + 1, indices.stop)
+            yield found
+
+    def _hidden(self, index: int) -> Tensor:
         with torch.inference_mode():
-            hidden = final_hidden(self._model, self.tokens[index : index + 1])[0] if changed else self._dense_hidden[index]
-            found = self._compare(index, lambda part: project(self._model, self._structure, hidden[part]))
-        if not all(map(math.isfinite, found)):
-            where = first_not_finite(self._model, self._structure, self.tokens[index : index + 1])
-            raise NotFinite(f"the model computes NaN or infinity from {where} on")
-        return found
+            return final_hidden(self._model, self.tokens[index : index + 1])[0]
 
     def _compare(self, index: int, logits_of: Callable[[slice], Tensor]) -> tuple[float, float, float]:
         """(KL from dense, negative log-likelihood, share of dense's likeliest tokens), means over the sequence's positions and targets."""
@@ -212,7 +216,7 @@ class Evaluator:
         kl = nll = 0.0
         same = 0
         with torch.inference_mode():
-            for part in _parts(len(ids)):
+            for part in _parts(len(ids), self._chunk):
                 q, p = logits_of(part), project(self._model, self._structure, self._dense_hidden[index][part])
                 norm_q, norm_p = q.logsumexp(-1), p.logsumexp(-1)
                 targets = ids[part.start + 1 : part.stop + 1]
@@ -246,6 +250,6 @@ def first_not_finite(model: nn.Module, structure: Structure, tokens: Tensor) -> 
     return found[0] if found else "the output head"
 
 
-def _parts(n: int) -> Iterator[slice]:
-    for start in range(0, n, _CHUNK):
-        yield slice(start, min(start + _CHUNK, n))
+def _parts(n: int, size: int) -> Iterator[slice]:
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))

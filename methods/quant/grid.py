@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from methods.formats.activations import ocp_scale
 from methods.formats.elements import OWN_LEVELS, largest, lowest
 from methods.formats.format import Format
 from methods.formats.numerics import SCALE_DTYPE, own_levels
+from methods.threads import shared_out
 
 
 @dataclass(frozen=True)
@@ -131,18 +131,9 @@ def payload(codes: Tensor, grid: Grid) -> dict[str, Tensor]:
 def fit_in_chunks(weight: Tensor, fit: Callable[[Tensor], Grid], chunk: int = 2**17) -> Grid:
     """`fit` applied to chunks of rows, small enough to stay in the cache: for fitters that pass over their weights many times.
 
-    Chunks are shared out between as many threads as torch has, each of which computes alone: threads that share every one of thousands
-    of small operations would mostly wait for each other. The format has to store rows apart (`Format.by_rows`).
+    Chunks are shared out between torch's threads. The format has to store rows apart (`Format.by_rows`).
     """
-    parts = torch.split(weight.float(), max(1, chunk // weight.shape[1]))
-    n = torch.get_num_threads()
-    if len(parts) == 1 or n == 1:
-        return joined([fit(part) for part in parts])
-    try:
-        with ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-            return joined(list(threads.map(fit, parts)))
-    finally:
-        torch.set_num_threads(n)  # what threads that are yet to come begin with
+    return joined(list(shared_out(fit, torch.split(weight.float(), max(1, chunk // weight.shape[1])))))
 
 
 def joined(parts: Sequence[Grid]) -> Grid:
