@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from methods.model.blocks import BlockRunner
 from methods.model.head import project
-from methods.model.products import product
 from methods.model.structure import Structure
 
 N_TOKENS = 4096
@@ -73,10 +72,6 @@ class Tap:
         n, length = shape or (1, -1)
         x = self.x.reshape(n, length, self.x.shape[-1]).float()
         return Tap(x, [g.reshape(n, length, g.shape[-1]).float() for g in self.gradients])
-
-    def weight_gradients(self) -> Tensor:
-        """(n_probes * n_samples, d_out, d_in), of what `by_sequence` gave."""
-        return torch.stack([product(own.T, x.T) for g in self.gradients for own, x in zip(g, self.x, strict=True)])
 
 
 @dataclass(frozen=True)

@@ -96,22 +96,26 @@ def _changes(weights: Mapping[str, Tensor], edit: Edit, ratio: Tensor | None) ->
 class _Layer:
     """One linear in one batch, and what all candidates read of it; samples (n,) run over probes, then sequences.
 
-    weight_gradients: (n, d_out * d_in); input_gradients: per probe, (n_sequences, rows, d_in).
+    x: (n_sequences, rows, d_in); per probe, gradients (n_sequences, rows, d_out) of its outputs and input_gradients (n_sequences, rows,
+    d_in).
     """
 
     name: str
     x: Tensor
-    weight_gradients: Tensor
+    gradients: Sequence[Tensor]
     input_gradients: Sequence[Tensor]
     shifts: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, weight: Tensor, tap: Tap) -> _Layer:
-        return cls(name, tap.x, tap.weight_gradients().flatten(1), [product(g, weight.T) for g in tap.gradients])
+        return cls(name, tap.x, tap.gradients, [product(g, weight.T) for g in tap.gradients])
 
     def moved(self, change: Tensor, compressed: Compressed, ratio: Tensor | None, label: str) -> Tensor:
         """(n,): what changing the weight and rounding the activations does."""
-        return self.weight_gradients @ change.flatten() + self._activation_shift(compressed, ratio, label)
+        # The change of the outputs rather than gradients of the weight, which are as many weights again for every sample.
+        outputs = product(self.x, change).flatten(1)
+        weights = torch.cat([torch.linalg.vecdot(g.flatten(1), outputs) for g in self.gradients])
+        return weights + self._activation_shift(compressed, ratio, label)
 
     def _activation_shift(self, compressed: Compressed, ratio: Tensor | None, label: str) -> Tensor:
         """What rounding the activations alone changes, (n,) or a single zero; computed once for all candidates with one rule."""

@@ -23,7 +23,7 @@ from search.evaluate import Evaluator, KeptQuality, NotFinite, Quality, paired
 from search.explore import Ranked
 from search.files import content_key
 from search.folder import study_key
-from search.in_order import compress_in_order, needs_order, ordered_bank
+from search.in_order import ORDER_PAYS, compress_in_order, needs_order, ordered_bank
 from search.limits import name_of, reached_bytes, reached_ms
 from search.objectives import ByteLimit, Objective, Objectives
 from search.prepared import WAY_OUT, Prepared
@@ -261,18 +261,9 @@ def _assumed(asked: Objectives, prepared: Prepared, item: Ranked) -> Finalist:
     met = []
     for time in asked.times:
         ms, lo, hi, dense = reached_ms(prepared, time, item.policy)
-        scale = dense if time.relative else 1.0
-        met.append(
-            Met(
-                name_of(time),
-                ms / scale,
-                lo / scale,
-                hi / scale,
-                time.value,
-                "x" if time.relative else "ms",
-                ms <= time.resolve(dense),
-            )
-        )
+        value, least, most = (each / (dense if time.relative else 1.0) for each in (ms, lo, hi))
+        unit = "x" if time.relative else "ms"
+        met.append(Met(name_of(time), value, least, most, time.value, unit, ms <= time.resolve(dense)))
     met += [_bytes_met(prepared, size, item.policy) for size in asked.sizes]
     ms, lo, hi, dense = reached_ms(prepared, asked.main, item.policy)
     return Finalist(
@@ -332,8 +323,8 @@ class Judge:
         return _judged(finalist, found, recompressed=False)
 
     def reordered(self, finalist: Finalist) -> Finalist:
-        """With weights recompressed in order, where these are better on the validation text."""
-        if not needs_order(finalist.policy):
+        """With weights recompressed in order, where that may pay and these are better on the validation text."""
+        if finalist.kl < ORDER_PAYS or not needs_order(finalist.policy):
             return finalist
         policy = finalist.policy
         again = self._quality("validate", "validating it recompressed", policy, True, lambda: self.recompressed(policy))

@@ -13,6 +13,13 @@ from methods.model.structure import Site
 from methods.policy import DENSE, Decision, Policy
 from search.session import Session, all_threads
 
+ORDER_PAYS = 0.05
+"""Nats per token from which on an answer is compressed again in order.
+
+On SmolLM2-135M, GPTQ in groups of 64 lost 13 % less in order at 3 bits (KL 1.1) and 1 % less at 4 (KL .27); four answers of KL .02 to
+.05 lost at most 3 % less, one of them more.
+"""
+
 
 def ordered_bank(session: Session, policy: Policy) -> Bank:
     """Where a study keeps a policy's weights that were made in order."""
