@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.config import RunConfig
 from search.export.registry import EXPORTERS
+from search.memory import give_back
 from search.prepared import Prepared
 from spaces.runtimes import runtime
 
@@ -91,6 +92,7 @@ def deliver(session: Session, prepared: Prepared, answer: Answer, edits: Mapping
     file = policy_file_of(session, prepared, best, answer)
     folder = checkpoint_folder(session.config.folder, best)
     session.switch.dense()
+    give_back()
     _write_checkpoint(session, folder, file, edits)
     session.progress.say(f"checkpoint: {folder} (search generate {folder})")
     place = session.config.folder / "exports"

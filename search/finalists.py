@@ -262,8 +262,8 @@ def _assumed(asked: Objectives, prepared: Prepared, item: Ranked) -> Finalist:
     for time in asked.times:
         ms, lo, hi, dense = reached_ms(prepared, time, item.policy)
         value, least, most = (each / (dense if time.relative else 1.0) for each in (ms, lo, hi))
-        unit = "x" if time.relative else "ms"
-        met.append(Met(name_of(time), value, least, most, time.value, unit, ms <= time.resolve(dense)))
+        reached = ms <= time.resolve(dense)
+        met.append(Met(name_of(time), value, least, most, time.value, "x" if time.relative else "ms", reached))
     met += [_bytes_met(prepared, size, item.policy) for size in asked.sizes]
     ms, lo, hi, dense = reached_ms(prepared, asked.main, item.policy)
     return Finalist(

@@ -37,6 +37,7 @@ from search.documents import SHIPPED
 from search.evaluate import Switch
 from search.files import Steps, content_key, kept_tensors
 from search.fit import sequence_length, sequence_notes, workload_notes
+from search.memory import give_back, keep_freed
 from search.progress import Progress
 from search.room import check_texts
 from search.transform import transformed
@@ -56,6 +57,7 @@ class Session:
         """target: what `config.target` stands for, where the caller has resolved it."""
         self.config, self.progress = config, progress
         self._target = target
+        keep_freed()
 
     @cached_property
     def steps(self) -> Steps:
@@ -82,6 +84,7 @@ class Session:
         spec = None if self.config.model == "default" else self.config.model
         with self.progress.busy("loading the model"):
             loaded = load(spec, self.config.cache_folder, log=self.progress.say)
+        give_back()  # a conversion holds the model twice
         check_texts(self.config, loaded.structure)
         n = loaded.structure.n_parameters
         self.progress.say(
@@ -111,6 +114,7 @@ class Session:
         It reads the model's weights, so what an evaluation had installed in the model is taken out.
         """
         self.switch.dense()
+        give_back()
         return Runtime(self.model, self.loaded.structure, self.target, table, workload or self.config.load)
 
     @cached_property
