@@ -7,9 +7,6 @@ import sys
 from functools import cache
 from typing import Any
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Names of glibc's `mallopt`."""
-
 _SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -20,19 +17,8 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def keep_freed() -> None:
-    """Freed tensors of up to 32 MiB, glibc's limit, stay with the process for the next ones, where that is the C library.
-
-    By default large ones go back at once, and every page of the next is cleared and mapped anew: 5 to 10 % of a calibration's time.
-    """
-    libc = _glibc()
-    if libc is not None:
-        libc.mallopt(_MMAP_THRESHOLD, 2**25)
-        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-
-
 def give_back() -> None:
-    """Freed memory goes back to the system: before a step that needs much of another shape."""
+    """Freed memory goes back to the system, where the C library is glibc, which keeps much of it: half a model after a conversion."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

@@ -37,7 +37,7 @@ from search.documents import SHIPPED
 from search.evaluate import Switch
 from search.files import Steps, content_key, kept_tensors
 from search.fit import sequence_length, sequence_notes, workload_notes
-from search.memory import give_back, keep_freed
+from search.memory import give_back
 from search.progress import Progress
 from search.room import check_texts
 from search.transform import transformed
@@ -57,7 +57,6 @@ class Session:
         """target: what `config.target` stands for, where the caller has resolved it."""
         self.config, self.progress = config, progress
         self._target = target
-        keep_freed()
 
     @cached_property
     def steps(self) -> Steps:
