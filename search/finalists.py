@@ -25,6 +25,7 @@ from search.files import content_key
 from search.folder import study_key
 from search.in_order import ORDER_PAYS, compress_in_order, needs_order, ordered_bank
 from search.limits import name_of, reached_bytes, reached_ms
+from search.memory import give_back
 from search.objectives import ByteLimit, Objective, Objectives
 from search.prepared import WAY_OUT, Prepared
 from search.session import Session, all_threads
@@ -288,6 +289,7 @@ class Judge:
     """Quality of finalists on the validation and report text, kept in the study; the better of their weights is kept for export."""
 
     def __init__(self, session: Session, prepared: Prepared) -> None:
+        give_back()  # the models that were timed
         self._session, self._prepared = session, prepared
         self._evaluators: dict[str, Evaluator] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from functools import cache
 from typing import Any
@@ -18,7 +19,11 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def give_back() -> None:
-    """Freed memory goes back to the system, where the C library is glibc, which keeps much of it: half a model after a conversion."""
+    """What is used no more goes back to the system: models, which refer to themselves, and what glibc keeps of freed memory.
+
+    That is half a model after a conversion.
+    """
+    gc.collect()
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)

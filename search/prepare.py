@@ -27,6 +27,7 @@ from search.differencing import Differenced
 from search.files import Steps, content_key
 from search.limits import check_faster
 from search.maps import kept_maps
+from search.memory import give_back
 from search.prepared import Prepared, SiteOptions, TextFacts, WorkloadCost
 from search.pricing import label_of, price, priced_sites
 from search.reach import kernels_alone, reachable
@@ -62,6 +63,7 @@ def prepare(session: Session, steps: Steps, key: str) -> Prepared:
     unscored = priced(session, table, costs, fits)
     mapped_s = time.monotonic() - began - priced_s
     session.progress.say(reachable(unscored, session.config))
+    give_back()  # the models that were timed
     step("text")
     corpora = session.corpora
     text_s = time.monotonic() - began - priced_s - mapped_s
