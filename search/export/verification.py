@@ -80,7 +80,7 @@ REROUTED = Tolerance(0.03, 0.03)
 UNJUDGED = Tolerance(math.inf, math.inf)
 """Where the runtime leaves out a rounding that was evaluated: what it predicts is told and not judged."""
 
-_ROWS = 128
+_ROWS = 32
 """Positions whose probabilities exist at once."""
 
 
