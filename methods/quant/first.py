@@ -25,11 +25,16 @@ def drift(task: Task) -> Tensor:
 
 
 def sample(task: Task) -> Tensor:
-    """Sampled inputs (n, d_in), which hold few first tokens or none, and a row of what these share, as large as `times` says."""
-    rows, extra = task.statistic(Need.SAMPLE), times(task) - 1
-    if not extra or not len(first := task.statistic(Need.FIRST)):
+    """Sampled inputs (n, d_in) without first tokens, these, and a row of what they share: as large as often they count among n rows.
+
+    A first token counts once, as any other, and what they share `times` as often. The sample alone where the knob `first` is 1.
+    """
+    rows = task.statistic(Need.SAMPLE)
+    if task.knobs.get("first", 1.0) == 1 or not len(first := task.statistic(Need.FIRST)):
         return rows
-    return torch.cat([rows, (len(rows) * extra / _length(task)) ** 0.5 * first.mean(0, keepdim=True)])
+    each = (len(rows) / max(task.stats.n_tokens, 1)) ** 0.5
+    shared = (len(rows) * (times(task) - 1) / _length(task)) ** 0.5
+    return torch.cat([rows, each * first, *([shared * first.mean(0, keepdim=True)] if shared else [])])
 
 
 def times(task: Task) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from methods.formats.format import Format
@@ -30,7 +31,8 @@ def by_awq(view: SiteView, stats: Mapping[str, Stats], fmt: Format, knobs: Knobs
     """AWQ's scale; knobs `duo`, false where there is none, and `first`."""
     name, weight = next(iter(view.weights.items()))
     abs_mean, sample = _of_inputs(view, stats, Need.ABS_MEAN), first.sample(Task(name, view, weight, stats[name], fmt, knobs))
-    taker = into(view, sample.abs().amax(0))
+    largest = torch.cat([sample, _of_inputs(view, stats, Need.FIRST)]).abs().amax(0)
+    taker = into(view, largest)
     return change(view, fold(taker, awq(view.weights, taker, abs_mean, sample, fmt, duo=bool(knobs.get("duo", False)))))
 
 

@@ -189,10 +189,11 @@ def test_first_tokens_gain_what_the_others_hardly_lose(name: str) -> None:
 def test_a_sample_gets_a_row_of_what_first_tokens_share_where_keys_are_made() -> None:
     rows = statistics().sample
     assert rows is not None
-    found = first.sample(task(first="auto"))
-    assert torch.equal(found[:-1], rows)
-    moment = found.T @ found / len(rows)
-    expected = rows.T @ rows / len(rows) + (LENGTH - 1) / LENGTH * torch.outer(X[:, 0].mean(0), X[:, 0].mean(0))
-    torch.testing.assert_close(moment, expected)
-    for other in (task("down", first="auto"), task(first=1), task()):
+    once = rows.T @ rows / len(rows) + X[:, 0].T @ X[:, 0] / (N * LENGTH)
+    shared = (LENGTH - 1) / LENGTH * torch.outer(X[:, 0].mean(0), X[:, 0].mean(0))
+    for kind, expected in (("k", once + shared), ("down", once)):
+        found = first.sample(task(kind, first="auto"))
+        assert torch.equal(found[: len(rows)], rows)
+        torch.testing.assert_close(found.T @ found / len(rows), expected)
+    for other in (task(first=1), task()):
         assert torch.equal(first.sample(other), rows)
