@@ -19,6 +19,7 @@ from search.evaluate import Evaluator, NotFinite, Quality
 from search.memory import out_of_memory
 from search.prepared import Prepared
 from search.progress import Progress
+from search.session import all_threads
 from search.strategies.presets import Preset, uniform, within_budget
 from search.strategies.refine import Refine
 from search.strategies.solve import Solution
@@ -95,7 +96,8 @@ class Truth:
         try:
             if policy.key() in self.failed:
                 return self._infinite(policy, n)
-            quality = self._evaluated(policy, n, limit)
+            with all_threads():
+                quality = self._evaluated(policy, n, limit)
         except (MemoryError, RuntimeError, NotFinite) as error:
             if not (isinstance(error, NotFinite) or out_of_memory(error)):
                 raise
@@ -287,8 +289,11 @@ class _Search:
         """
         race = family if family in self._limits else ""
         quality = self._truth.quality(name, policy, FIRST_STAGE, self._limits[race] if simple else np.inf)
-        if policy.key() not in self._truth.outclassed:
-            self._found.setdefault(policy.key(), Ranked(name, policy, quality, simple))
+        if policy.key() in self._truth.outclassed:
+            return Evaluated(
+                policy, math.inf, 0.0, quality.n_tokens, self._prepared.sum_ms(policy)
+            )  # known, and never compared
+        self._found.setdefault(policy.key(), Ranked(name, policy, quality, simple))
         if self._fits(policy) and simple:
             for own in {"", race}:
                 self._limits[own] = min(self._limits[own], OUTCLASSED * quality.kl_each[0])

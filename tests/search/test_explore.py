@@ -130,7 +130,10 @@ def test_a_simple_policy_that_is_outclassed_on_the_first_sequence_goes_no_furthe
     assert [item.policy for item in search.promoted(1)] == POLICIES[:2]
     again, store, resumed, _ = setting(tmp_path, Model())
     resumed.evaluate("simple", POLICIES[0], simple=True)
-    assert resumed.evaluate("simple", POLICIES[2], simple=True).n_tokens == 8 and again.n_new == 0
+    found = resumed.evaluate("simple", POLICIES[2], simple=True)
+    assert (
+        found.kl == math.inf and found.n_tokens == 8 and again.n_new == 0
+    )  # no parent: its one sequence compares with nothing
     resumed.evaluate("searched", POLICIES[2], simple=False)
     assert again.outclassed == set() and store.records()[-1].n_tokens == 32
 
